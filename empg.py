@@ -1,0 +1,1079 @@
+#!/usr/bin/env python3
+"""EM Policy Gradient (EMPG): train a language model to reason from nothing but right or wrong. One file, no engine.
+
+A trajectory τ = (prompt, rationale, answer) earns R(τ) = 1 if its answer is right, else 0, and training climbs
+J(θ) = E[R(τ)] over τ ~ P_θ. By Jensen, log J(θ) ≥ E_q[log R + log P_θ − log q], and expectation-maximisation climbs this
+bound: the E-step samples from a frozen copy θ* of the policy (the best q is ∝ P_θ* · R), the M-step raises log P_θ of
+the sampled trajectories in proportion to their rewards. There are no importance weights, no clipping, no value network.
+
+    Algorithm 1                                                     here
+     1  θ ← base model                                              load_policy, build_base
+     2  for each iteration t:                                       train
+     4      θ* ← θ                                                  copy_weights
+     6      for each prompt of the batch:                           draw_batch
+     7, 8       sample several responses from P_θ*, keep them       sample
+     9          reward each                                         Task.reward
+    12      update θ with the off-policy policy gradient (Eq. 12)   smooth_rewards, subtract_baseline, log_probs,
+                                                                    empg_loss, update
+Run it:
+
+    python empg.py                                    a laptop: learns to add step by step, in about a minute
+    torchrun --nproc-per-node 4 empg.py               GPUs: Qwen2.5-1.5B on GSM8K
+    python empg.py --model DIR_OR_HUB_NAME --task gsm8k --data DIR_OR_HUB_NAME
+    python empg.py --help                             every option
+
+Paper: Tianbing Xu, "Training Large Language Models to Reason via EM Policy Gradient", arXiv 2504.18587.
+"""
+
+import copy
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from decimal import Decimal
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+# -------- Options -----------------------------------------------------------------------------------------------------
+
+# This process among those that torchrun started, or the only one
+RANK, LOCAL_RANK = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+# What a run without --model stands for: these words go before the user's own, which therefore win.
+LAPTOP = (
+    "--model builtin --task sums --steps 60 --prompts-per-step 32 --num-samples 16 --max-new-tokens 40 --lr 1e-4"
+    " --eval-every 5 --eval-problems 500"
+)
+GPU = "--model Qwen/Qwen2.5-1.5B --task gsm8k"
+
+
+@dataclass
+class Config:
+    """Every option of a run. The defaults suit a pretrained language model; LAPTOP has those of the built-in one."""
+
+    model: str | None = HfArg(default=None, help="a hub name, a local directory, or builtin: the small model made here")
+    task: str | None = HfArg(default=None, help="sums, gsm8k or math-hard")
+    data: str | None = HfArg(default=None, help="local directory or hub name of a dataset with the task's columns")
+    prompt_template: str | None = HfArg(default=None, help="replaces the chat template; has {question} in it")
+    output: str | None = HfArg(default=None, help="directory for the results; by default a new one under runs/")
+    steps: int = HfArg(default=200, help="iterations: each samples one batch and learns from it")
+    prompts_per_step: int = HfArg(default=64, help="prompts in a batch, over all processes")
+    num_samples: int = HfArg(default=8, help="responses sampled for each prompt")
+    max_new_tokens: int = HfArg(default=512, help="token limit of a response")
+    temperature: float = HfArg(default=1.0, help="of sampling; the policy that is trained is the tempered one")
+    top_p: float = HfArg(default=1.0, help="sample from the likeliest tokens that have this much probability together")
+    baseline: str = HfArg(default="loo", help="subtract the mean reward of: loo (other samples), group, batch; or none")
+    beta: float = HfArg(default=0.0, help="weight of KL(policy, initial policy); at 0 no reference model is loaded")
+    lr: float = HfArg(default=1e-6, help="AdamW's learning rate")
+    warmup_steps: int = HfArg(default=5, help="iterations over which the learning rate rises to its value")
+    minibatches: int = HfArg(default=1, help="updates that a batch is split into")
+    epochs: int = HfArg(default=1, help="passes over a batch")
+    max_grad_norm: float = HfArg(default=1.0, help="the gradient is scaled down to this norm")
+    micro_batch_tokens: int = HfArg(default=8192, help="tokens in one forward and backward pass: bounds the memory")
+    eval_every: int = HfArg(default=10, help="iterations between evaluations on held-out problems; 0 for none")
+    eval_problems: int = HfArg(default=256, help="held-out problems in an evaluation")
+    seed: int = HfArg(default=0, help="of the prompts' order and of sampling")
+    device: str | None = HfArg(default=None, help="cuda, mps or cpu; by default the best that is there")
+    dtype: str | None = HfArg(default=None, help="bfloat16 or float32; by default bfloat16 on GPUs that have it")
+
+
+# -------- The mathematics: pure functions of tensors ------------------------------------------------------------------
+
+
+def smooth_rewards(rewards: torch.Tensor) -> torch.Tensor:
+    """R̃(τ) = sigmoid((R(τ) − μ) / σ), with μ and σ the mean and standard deviation of the whole batch (section 4.2).
+
+    A reward of 0 or 1 takes only two values, so here smoothing is R̃ = u + s·R with the scale
+    s = sigmoid(√((1−p)/p)) − sigmoid(−√(p/(1−p))) at accuracy p: once a baseline is subtracted it scales the gradient
+    by 0.46 to 0.55 and turns nothing. On graded rewards it does more: it limits what an outlier can weigh.
+
+    Args:
+        rewards: (N,), the rewards of all ranks; any finite numbers.
+    Returns:
+        (N,) in (0, 1), non-decreasing in the reward; all 0.5 when the rewards are equal.
+    Raises:
+        ValueError: `rewards` is empty or has a non-finite entry.
+    """
+    if rewards.numel() == 0 or not rewards.isfinite().all():
+        raise ValueError("smooth_rewards needs at least one reward, and finite ones")
+    rewards = rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
+    if rewards.max() == rewards.min():
+        return torch.full_like(rewards, 0.5)
+    rewards = rewards / rewards.abs().max()  # changes no z-score, and keeps the squares below finite
+    z = (rewards - rewards.mean()) / rewards.std(correction=0)
+    limits = torch.finfo(rewards.dtype)  # one success among a thousand has z = 32, where the sigmoid rounds to 1
+    return torch.sigmoid(z).clamp(limits.tiny, 1 - limits.eps)
+
+
+BASELINES = ("loo", "group", "batch", "none")
+
+
+def subtract_baseline(rewards: torch.Tensor, kind: str = "loo") -> torch.Tensor:
+    """The weight R̃(τ) − b of each trajectory in Eq. 12.
+
+    With `loo`, leave-one-out, b is the mean over the prompt's *other* samples. It does not depend on τ, so it leaves the
+    expected gradient as it is (E[∇log P · b] = 0) and lowers its variance. The mean that includes τ itself (`group`)
+    shrinks the expected gradient by (G−1)/G; `batch` does likewise by (N−1)/N, and ignores how hard a prompt is.
+
+    Args:
+        rewards: (P, G), prompts × samples.
+        kind: `loo`, `group`, `batch` or `none`.
+    Returns:
+        (P, G) weights. With `loo` and `group`, exactly 0 for a prompt whose samples all have the same reward.
+    Raises:
+        ValueError: unknown kind, not a matrix, or `loo` with one sample per prompt.
+    """
+    if rewards.ndim != 2 or (kind == "loo" and rewards.shape[1] < 2):
+        raise ValueError(f"baseline {kind!r} needs (prompts, samples) rewards, loo with at least 2 samples per prompt")
+    if kind == "none":
+        return rewards
+    # Measured from the first sample, equal rewards are exactly 0 and stay so; sums of 0.62 would round.
+    centred = rewards - (rewards[:1, :1] if kind == "batch" else rewards[:, :1])
+    if kind == "loo":
+        others = centred.sum(1, keepdim=True) - centred
+        return centred - others / (rewards.shape[1] - 1)
+    if kind == "group":
+        return centred - centred.mean(1, keepdim=True)
+    if kind == "batch":
+        return centred - centred.mean()
+    raise ValueError(f"unknown baseline {kind!r}: choose loo, group, batch or none")
+
+
+def empg_loss(logprobs: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """−(1/N) Σᵢ wᵢ log P_θ(τᵢ), with log P_θ(τ) = Σₜ log π_θ(token t | tokens before it).
+
+    Its gradient is minus Eq. 12, E_{τ~D}[∇log P_θ(τ) (R̃(τ) − b)]. A sum over tokens, as the logarithm of a product is: a
+    mean over tokens would favour short right answers and long wrong ones. With every weight 1 it is supervised learning.
+
+    Args:
+        logprobs: (N, T) log-probabilities of the response tokens, with gradient.
+        mask: (N, T), 1 on the response, its end-of-sequence token included, 0 on padding.
+        weights: (N,), R̃ − b; constants.
+    Returns:
+        scalar, in nats per trajectory.
+    """
+    return -(weights * logprobs.masked_fill(mask == 0, 0).sum(1)).mean()
+
+
+def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """KL(π_θ ‖ π_ref) estimated at each sampled token: r − 1 − log r with r = π_ref / π_θ ("k3", Schulman 2020).
+
+    Never negative, with expectation KL(π_θ ‖ π_ref) over tokens of π_θ. Differentiated as it stands, as GRPO does, it has
+    the gradient of the other direction, KL(π_ref ‖ π_θ): it pulls to the same point, with a different strength.
+
+    Args:
+        logprobs, ref_logprobs: (N, T) log-probabilities of the sampled tokens.
+    Returns:
+        (N, T), in nats.
+    """
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def effective_sample_size(log_weights: torch.Tensor) -> float:
+    """(Σw)² / (N Σw²) of the importance weights w = P_θ(τ)/P_θ*(τ) that EMPG leaves out.
+
+    1 while θ = θ*, where leaving them out changes nothing; it falls as further updates on one buffer move θ away.
+
+    Args:
+        log_weights: (N,), log w.
+    Returns:
+        a share in (0, 1].
+    """
+    log_weights = log_weights.double()
+    return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp().item() / len(log_weights)
+
+
+# -------- The policy: sample trajectories (E-step), log-probabilities of given tokens (M-step), copy θ* ← θ -----------
+
+
+def draw_tokens(
+    logits: torch.Tensor, uniforms: torch.Tensor | None, temperature: float = 1.0, top_p: float = 1.0
+) -> torch.Tensor:
+    """One token per row by inverting the cumulative distribution; the likeliest one at temperature 0.
+
+    Args:
+        logits: (B, V).
+        uniforms: (B,) in [0, 1), one per row; None at temperature 0.
+        temperature, top_p: as in `sample`.
+    Returns:
+        (B,) token ids.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.float() / temperature, -1)
+    if top_p < 1:
+        ranked, order = probs.sort(-1, descending=True)
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)  # keeps the token that crosses top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    cumulative = probs.cumsum(-1)  # its last entry is not exactly 1
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    return tokens.squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def sample(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    num_samples: int,
+    max_new_tokens: int,
+    *,
+    eos_token_id: int | Collection[int],
+    pad_token_id: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seeds: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """E-step: trajectories from P_θ* (lines 6 to 8 of Algorithm 1).
+
+    Sample g of a prompt with seed s draws its tokens with uniform numbers from a generator seeded by (s, g). So it does
+    not depend on the other prompts, on their order, on `num_samples` or on how many processes share the work, up to the
+    rounding of the logits.
+
+    Args:
+        model: a causal language model of transformers, in eval mode: dropout would sample from another policy.
+        prompts: P lists of token ids.
+        num_samples: G, responses per prompt.
+        max_new_tokens: where a response is cut.
+        eos_token_id: the token, or tokens, that end a response.
+        pad_token_id: fills up short prompts, on the left, where no position attends to it.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: draw from the smallest set of likeliest tokens whose probabilities sum to at least this; 1 for all.
+        seeds: P non-negative integers; not needed at temperature 0.
+    Returns:
+        P·G lists of token ids, all samples of the first prompt first; each ends with EOS unless it was cut.
+    Raises:
+        ValueError: no prompts, an empty prompt, a count below 1, or as many seeds as prompts are not given.
+    """
+    if not prompts or not all(prompts) or num_samples < 1 or max_new_tokens < 1:
+        raise ValueError("sample needs at least one prompt, prompts of at least one token, and counts of at least 1")
+    uniforms = None
+    if temperature > 0:
+        if seeds is None or len(seeds) != len(prompts):
+            raise ValueError("sample needs one seed per prompt when the temperature is above 0")
+        draws = [
+            np.random.default_rng([s, g]).random(max_new_tokens, np.float32) for s in seeds for g in range(num_samples)
+        ]
+        uniforms = torch.from_numpy(np.stack(draws)).to(model.device)
+    eos = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id), device=model.device)
+
+    # Left padding puts every prompt's last token in the last column; positions count real tokens only.
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = bool(
+        (mask == 0).any()
+    )  # without padding no mask is passed, which leaves the faster attention kernels open
+
+    # Each prompt is read once; its samples start from copies of its cache.
+    cache = DynamicCache(config=model.config)
+    output = model(
+        ids, attention_mask=mask if padded else None, position_ids=positions, past_key_values=cache, logits_to_keep=1
+    )
+    logits = output.logits[:, -1].repeat_interleave(num_samples, 0)
+    cache.batch_repeat_interleave(num_samples)
+    mask = torch.nn.functional.pad(mask, (0, max_new_tokens), value=1).repeat_interleave(num_samples, 0)
+    position = positions[:, -1:].repeat_interleave(num_samples, 0)
+
+    rows = torch.arange(len(logits), device=model.device)  # the trajectory that each row of the batch belongs to
+    responses = torch.full((len(rows), max_new_tokens), int(eos[0]), device=model.device)
+    for t in progress(range(max_new_tokens), "sampling", delay=2):
+        tokens = draw_tokens(logits, None if uniforms is None else uniforms[rows, t], temperature, top_p)
+        responses[rows, t] = tokens
+        alive = (~torch.isin(tokens, eos)).nonzero().squeeze(-1)
+        if len(alive) == 0 or t == max_new_tokens - 1:
+            break
+        # Rows that are done leave the batch. What one that is still in it adds behind its EOS is cut off below.
+        if len(alive) < 0.8 * len(rows):
+            rows, tokens, mask, position = rows[alive], tokens[alive], mask[alive], position[alive]
+            cache.batch_select_indices(alive)
+        position = position + 1
+        attended = mask[:, : width + t + 1] if padded else None
+        output = model(tokens[:, None], attention_mask=attended, position_ids=position, past_key_values=cache)
+        logits = output.logits[:, -1]
+
+    ended = torch.isin(responses, eos).int()
+    lengths = torch.where(ended.any(1), ended.argmax(1) + 1, max_new_tokens)
+    return [row[:length] for row, length in zip(responses.tolist(), lengths.tolist())]
+
+
+def log_probs(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    logits_per_chunk: int = 2**26,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """M-step: log π_θ(token | tokens before it) of every response token, with gradient.
+
+    Args:
+        model: a causal language model of transformers whose logits are its output embeddings times its last hidden state.
+        prompts: N lists of token ids, one per response.
+        responses: N lists of token ids.
+        temperature: as the tokens were sampled with: the policy is the tempered distribution.
+        logits_per_chunk: how many logits, tokens × vocabulary, are held at a time.
+    Returns:
+        log-probabilities, (N, T) float32 (or float64 as the model), 0 on padding; and their mask, (N, T) bool.
+    Raises:
+        ValueError: unequal numbers of prompts and responses, or an empty one.
+    """
+    if not prompts or len(prompts) != len(responses) or not all(prompts) or not all(responses):
+        raise ValueError("log_probs needs one prompt per response, each of at least one token")
+    # Padding stands on the right, after all that is read: causal attention cannot see it, and needs no mask for it.
+    rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses)]
+    ids = pad_sequence(rows, batch_first=True).to(model.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    # The token at position j is predicted at position j − 1: the first response token by the last prompt token.
+    starts = torch.tensor([len(p) for p in prompts], device=model.device)
+    lengths = torch.tensor([len(r) for r in responses], device=model.device)
+    column = torch.arange(ids.shape[1], device=model.device)
+    is_response = (column >= starts[:, None]) & (column < (starts + lengths)[:, None])
+    hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]
+
+    def project(hidden, targets):
+        logits = model.get_output_embeddings()(hidden)
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    # A vocabulary of 152,000 makes logits the largest tensor of all. They are held for a chunk of tokens at a time, and
+    # computed once more in the backward pass.
+    size = max(1, logits_per_chunk // model.get_output_embeddings().weight.shape[0])
+    chunks = zip(hidden.split(size), targets.split(size))
+    values = torch.cat([checkpoint(project, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks])
+
+    mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values), mask
+
+
+def frozen_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of the model without gradients, its parameters in `dtype`.
+
+    Buffers keep their precision: rotary frequencies in bfloat16 would shift every position.
+    """
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    for parameter in frozen.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return frozen
+
+
+@torch.no_grad()
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """θ* ← θ (line 4 of Algorithm 1), rounding to the target's dtype."""
+    for new, old in zip(source.parameters(), target.parameters(), strict=True):
+        old.copy_(new)
+
+
+# -------- Tasks: problems and rewards ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn.
+
+    Attributes:
+        reward: (response text, answer as in the problem) → 1.0 for a right final answer, else 0.0; it never raises.
+        extract: response text → the final answer that the reward looks at, as text; None if there is none.
+        problems: (`--data` or None, "train" or "test") → rows that have at least `question` and `answer`, both text.
+        instruction: follows the question in a chat template.
+        template: the prompt for a tokenizer without a chat template; {question} stands for the question.
+    """
+
+    reward: Callable[[str, str], float]
+    extract: Callable[[str], str | None]
+    problems: Callable[[str | None, str], list[dict]]
+    instruction: str
+    template: str = "Question: {question}\n{instruction}\nAnswer:"
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{...} of the text, braces matched; None without one, or when it is not closed."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for end in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : end].strip()
+    return None
+
+
+# A minus is a sign only where it is not an operator: in 10-3 and 10 - 3 both numbers are positive.
+NUMBER = re.compile(r"((?<![\w)])-\$?(?=[\d.]))?(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+
+
+def numbers(text: str) -> list[Decimal]:
+    """The numbers in a text, in order: 1,800 and 10{,}000 are one number each, $18.00 is 18, and 17,18 are two."""
+    text = text.replace("{,}", ",").replace(",\\!", ",").replace("\\$", "$").replace("−", "-")
+    return [Decimal(value.replace(",", "")) * (-1 if sign else 1) for sign, value in NUMBER.findall(text)]
+
+
+def gsm8k_answer(response: str) -> str | None:
+    """A response's final number: in its last \\boxed{}, else after its last "####" or "answer is", else its last one.
+
+    A box counts only if it holds a single number, so that listing candidates earns nothing. Of `3 + 15 = 18` the
+    right-hand side counts.
+    """
+    boxed = last_boxed(response)
+    if boxed is not None:
+        inside = set(numbers(boxed.rpartition("=")[2]))
+        return str(inside.pop()) if len(inside) == 1 else None
+    marked = re.split(r"####|answer is", response, flags=re.IGNORECASE)
+    if len(marked) > 1:
+        sentence = re.split(r"\.\s|\n", marked[-1].strip())[0]
+        if after := numbers(sentence.rpartition("=")[2]):
+            return str(after[0])
+    everywhere = numbers(response)
+    return str(everywhere[-1]) if everywhere else None
+
+
+def gsm8k_reward(response: str, answer: str) -> float:
+    """1.0 if the response's final number equals the one after "####" of the answer (or the answer itself)."""
+    given, gold = gsm8k_answer(response), numbers(answer.rpartition("####")[2])
+    return float(given is not None and bool(gold) and Decimal(given) == gold[-1])
+
+
+def math_reward(response: str, answer: str) -> float:
+    """1.0 if the last \\boxed{} of the response is mathematically equal to that of the solution (or the answer itself)."""
+    import math_verify
+
+    given, gold = last_boxed(response), last_boxed(answer) or answer
+    if given is None or len(given) > 1000:  # nothing that long equals an answer, but parsing it takes minutes
+        return 0.0
+    if given == gold:
+        return 1.0
+    try:
+        parsed = [math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=2) for text in (gold, given)]
+        return float(math_verify.verify(*parsed, timeout_seconds=2))
+    except Exception:  # noqa: BLE001 - a model can write anything, and what cannot be read is not a right answer
+        return 0.0
+
+
+def sums_answer(response: str) -> str | None:
+    """What follows the last "#"."""
+    return response.rpartition("#")[2].strip() if "#" in response else None
+
+
+def sums_reward(response: str, answer: str) -> float:
+    """1.0 if what follows the last "#" is the answer."""
+    return float(sums_answer(response) == answer)
+
+
+def sums_problems(data: str | None, split: str) -> list[dict]:
+    """All 10,000 sums of four digits, of which 500, the same ones always, are the test split and never trained on."""
+    if data is not None:
+        raise ValueError("--data: the task sums makes its own problems; leave the option out")
+    order = np.random.default_rng(0).permutation(10_000)
+    digits = [f"{n:04d}" for n in (order[:500] if split == "test" else order[500:])]
+    return [{"question": "+".join(d) + "=", "answer": str(sum(map(int, d)))} for d in digits]
+
+
+def hub_problems(path: str, name: str | None, columns: tuple[str, str], data: str | None, split: str) -> list[dict]:
+    """The rows of a dataset on the hub, or of `data` in its place, with `columns` also under question and answer.
+
+    Raises:
+        ValueError: it cannot be reached, or has no such split, no such columns or no rows.
+    """
+    import datasets
+
+    source = data or path
+    try:
+        rows = datasets.load_dataset(source, name if source == path else None, split=split)
+    except Exception as error:
+        raise ValueError(
+            f"--data: cannot load the {split} split of dataset {source!r}: give a hub name that can be reached, or a local"
+            f" directory with {split}.jsonl in it ({first_line(error)})"
+        ) from error
+    if missing := set(columns) - set(rows.column_names):
+        raise ValueError(f"--data: {source!r} has no column {sorted(missing)}; its columns are {rows.column_names}")
+    if len(rows) == 0:
+        raise ValueError(f"--data: the {split} split of {source!r} has no rows")
+    return [{**row, "question": row[columns[0]], "answer": row[columns[1]]} for row in rows]
+
+
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+GSM8K = partial(hub_problems, "openai/gsm8k", "main", ("question", "answer"))
+MATH_HARD = partial(hub_problems, "lighteval/MATH-Hard", None, ("problem", "solution"))
+TASKS = {
+    "sums": Task(sums_reward, sums_answer, sums_problems, "Write the answer after a #.", "{question}"),
+    "gsm8k": Task(gsm8k_reward, gsm8k_answer, GSM8K, BOXED),
+    "math-hard": Task(math_reward, last_boxed, MATH_HARD, BOXED),
+}
+
+
+def encode_prompts(tokenizer, task: Task, questions: Sequence[str], template: str | None = None) -> list[list[int]]:
+    """Questions → lists of token ids: by `template` if given, else the tokenizer's chat template, else the task's own."""
+    chat = template is None and tokenizer.chat_template is not None
+    if chat:
+        turns = [[{"role": "user", "content": f"{question}\n{task.instruction}"}] for question in questions]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    else:
+        template = (template or task.template).replace("{instruction}", task.instruction)
+        texts = [template.replace("{question}", question) for question in questions]
+    return tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+
+
+def stop_tokens(tokenizer, model: torch.nn.Module) -> list[int]:
+    """Ids of the tokens that end a response: EOS, those of the model's generation config, and the end of a chat turn.
+
+    A base model under a chat template often ends its turn with the template's own token, not with its EOS.
+
+    Raises:
+        ValueError: the tokenizer has no EOS.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("--model: its tokenizer has no EOS token, so no response could end; set eos_token and save it")
+    stops = {tokenizer.eos_token_id}
+    configured = model.generation_config.eos_token_id
+    stops.update([configured] if isinstance(configured, int) else configured or [])
+    if tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        end = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        stops.update(set(end) & set(tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder)))
+    return sorted(stops)
+
+
+def character_tokenizer():
+    """A fast tokenizer of transformers whose tokens are the characters of the task sums."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<unk>"]
+    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *"0123456789+=,#"])}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special))
+    return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **names)
+
+
+def build_base(path: Path, device: str) -> None:
+    """The built-in base model for the task sums: it can reason but usually does not. Writes it to `path`.
+
+    A Qwen2 of 0.19 million parameters, taught by demonstrations of two habits: in six of ten a guess is blurted out,
+    `#20`, usually wrong; in four the sum is worked out, `3+8=11,11+5=16,16+2=18#18`.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = character_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.05,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config).to(device).eval()
+
+    rng, steps, batch, lr = np.random.default_rng(0), 500, 64, 4e-3
+    problems = sums_problems(None, "train")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
+    for step in progress(range(steps), "teaching the built-in base model"):
+        questions, demonstrations = [], []
+        for i in rng.integers(len(problems), size=batch):
+            first, *rest = map(int, problems[i]["question"][:-1].split("+"))
+            if rng.random() < 0.4:
+                text = ""
+                for digit in rest:
+                    text += f",{first}+{digit}={first + digit}"
+                    first += digit
+                demonstrations.append(f"{text[1:]}#{first}")
+            else:
+                demonstrations.append(f"#{abs(first + sum(rest) + rng.integers(-5, 6))}")
+            questions.append(problems[i]["question"])
+        responses = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(demonstrations)["input_ids"]]
+        # Supervised learning is the M-step with every weight 1.
+        loss = empg_loss(
+            *log_probs(model, tokenizer(questions)["input_ids"], responses), torch.ones(batch, device=device)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 50, 1 - step / steps)
+        optimizer.step()
+
+    unfinished = path.with_name(f"{path.name}-{os.getpid()}")  # a build that is cut short leaves no half a model
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    try:
+        unfinished.rename(path)
+    except OSError:  # another run has built it in the meantime, the same
+        shutil.rmtree(unfinished)
+
+
+def load_policy(name: str, device: str):
+    """θ ← base model (line 1 of Algorithm 1), from a hub name or a local directory: (float32 model, tokenizer).
+
+    The weights that are trained stay in float32: at a learning rate of 1e-6 bfloat16 would round most updates away.
+
+    Raises:
+        ValueError: it cannot be had, or its logits are not what `log_probs` takes them for.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"--model: cannot load {name!r}: it is neither a local directory with a model and its tokenizer, nor a hub name"
+            f" that can be reached from here ({first_line(error)})"
+        ) from error
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError(f"--model: the tokenizer of {name!r} has more tokens ({len(tokenizer)}) than the model")
+    with torch.no_grad():
+        ids = torch.arange(2, device=device)[None]
+        expected = model(ids).logits[0, 0].log_softmax(-1)[1]
+        if not torch.isclose(log_probs(model, [[0]], [[1]])[0][0, 0], expected, atol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"--model: {name!r} changes its logits after the output embeddings, which log_probs leaves out"
+            )
+    return model, tokenizer
+
+
+# -------- Many devices: every process samples its share of the prompts; rewards and gradients are those of the whole batch ---
+
+
+def gather(values: list) -> list:
+    """The values of all ranks, in the order of the ranks; every rank gets the same list."""
+    if WORLD_SIZE == 1:
+        return values
+    parts = [None] * WORLD_SIZE
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
+def sum_gradients(model: torch.nn.Module) -> None:
+    """Gradients summed over the ranks.
+
+    Once per update and as a sum, where DistributedDataParallel would average at every backward pass: ranks differ in
+    how many trajectories carry weight, and a rank may have none.
+    """
+    if WORLD_SIZE > 1:
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+
+def progress(items: Iterable, description: str, **options) -> tqdm:
+    """A progress bar of the first process, on standard error; in a log file it moves every ten seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(items, description, leave=False, mininterval=interval, disable=RANK != 0, dynamic_ncols=True, **options)
+
+
+# -------- Training ----------------------------------------------------------------------------------------------------
+
+
+def draw_batch(size: int, count: int, step: int, seed: int) -> list[int]:
+    """Which of `size` problems the `count` prompts of iteration `step` are: pass after pass, each in a new order."""
+    places = range((step - 1) * count, step * count)
+    orders = {e: np.random.default_rng([seed, e]).permutation(size) for e in {place // size for place in places}}
+    return [int(orders[place // size][place % size]) for place in places]
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices 0..N−1 in groups of similar length, each of at most `budget` tokens when padded to its longest."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+@dataclass
+class Trajectory:
+    """An entry of the buffer D: τ = (prompt, rationale and answer) in token ids, its reward R and its weight R̃ − b."""
+
+    place: int  # of its prompt in the batch, which is the same however many processes share the batch
+    prompt: list[int]
+    response: list[int]
+    reward: float = 0.0
+    weight: float = 0.0
+
+
+def update(
+    policy: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trajectories: Sequence[Trajectory],
+    total: int,
+    config: Config,
+    old_policy: torch.nn.Module | None = None,
+    reference: torch.nn.Module | None = None,
+) -> dict[str, float]:
+    """One update of θ along Eq. 12, less β ∇KL(π_θ ‖ π_ref). A gradient that is not finite leaves θ as it is.
+
+    Args:
+        policy, optimizer: θ, in place.
+        trajectories: those of this rank; there may be none.
+        total: the number of trajectories on all ranks, N of Eq. 12. Every rank divides by it, so that the sum of the
+            ranks' gradients is the gradient of one process, however the trajectories are spread.
+        config: the run's options.
+        old_policy: θ*, to measure how far θ has moved; None while they are equal, at an iteration's first update.
+        reference: the initial policy, for the KL term; None without one.
+    Returns:
+        statistics over all ranks: loss; grad_norm, before clipping; entropy in nats per token, estimated by the mean of
+        −log π_θ over the tokens; kl to the reference in nats per token; ess; skipped, 1 for a gradient not finite.
+    """
+    device = next(policy.parameters()).device
+    # What has weight 0 adds nothing to the gradient and is not computed. (With a KL term it does, and is.)
+    trajectories = [t for t in trajectories if t.weight != 0 or reference is not None]
+    lengths = [len(t.prompt) + len(t.response) for t in trajectories]
+    rows = []  # one per trajectory: weight, tokens, log P_θ(τ), KL, log P_θ(τ) − log P_θ*(τ)
+    optimizer.zero_grad()
+    for group in progress(micro_batches(lengths, config.micro_batch_tokens), "updating", delay=2):
+        tokens = [trajectories[i].prompt for i in group], [trajectories[i].response for i in group]
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            logprobs, mask = log_probs(policy, *tokens, temperature=config.temperature)
+            old, ref = logprobs.detach(), logprobs.detach()
+            with torch.no_grad():
+                if old_policy is not None:
+                    old, _ = log_probs(old_policy, *tokens, temperature=config.temperature)
+                if reference is not None:
+                    ref, _ = log_probs(reference, *tokens, temperature=config.temperature)
+        weights = logprobs.new_tensor([trajectories[i].weight for i in group])
+        kl = (kl_k3(logprobs, ref) * mask).sum(1)
+        loss = empg_loss(logprobs, mask, weights) + config.beta * kl.mean()
+        (loss * len(group) / total).backward()
+        columns = weights, mask.sum(1), logprobs.sum(1), kl, (logprobs - old).sum(1)
+        rows += zip(*(column.tolist() for column in columns))
+    sum_gradients(policy)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+    weight, count, log_p, kl, log_w = np.array(gather(rows)).T
+    loss = float(config.beta * kl.sum() - weight @ log_p) / total
+    finite = bool(np.isfinite([grad_norm, loss]).all())
+    if finite:
+        optimizer.step()
+    return {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "entropy": float(-log_p.sum() / count.sum()),
+        "kl": float("nan") if reference is None else float(kl.sum() / count.sum()),
+        "ess": effective_sample_size(torch.from_numpy(log_w)),
+        "skipped": int(not finite),
+    }
+
+
+def evaluate(model: torch.nn.Module, tokenizer, task: Task, problems: list[dict], rows: int, **limits) -> list[float]:
+    """[greedy accuracy, mean response tokens] on `problems`, which the ranks share, `rows` at a time; limits of `sample`."""
+    results = []
+    mine = problems[RANK::WORLD_SIZE]
+    for start in progress(range(0, len(mine), rows), "evaluating", delay=2):
+        some = mine[start : start + rows]
+        responses = sample(model, [problem["prompt"] for problem in some], 1, temperature=0, **limits)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        results += [(task.reward(text, problem["answer"]), len(r)) for text, r, problem in zip(texts, responses, some)]
+    return np.array(gather(results)).mean(0).tolist()
+
+
+def train(
+    config: Config, policy: torch.nn.Module, tokenizer, problems: list[dict], held_out: list[dict], output: Path
+) -> list[float]:
+    """Algorithm 1: trains `policy` in place; each iteration and evaluation adds a row to OUTPUT/metrics.jsonl.
+
+    Args:
+        problems, held_out: rows with `prompt` (token ids), `question` and `answer`.
+    Returns:
+        accuracy on the held-out problems at each evaluation, the first before any training; empty without evaluations.
+    Raises:
+        FloatingPointError: five updates in a row had a loss or gradient that is not finite.
+    """
+    task, P, G, M = TASKS[config.task], config.prompts_per_step, config.num_samples, config.minibatches
+    mine = slice(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE)  # this rank's places in a batch
+    limits = {"max_new_tokens": config.max_new_tokens, "eos_token_id": stop_tokens(tokenizer, policy)}
+    limits["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    old_policy = frozen_copy(policy, getattr(torch, config.dtype))
+    reference = frozen_copy(policy, getattr(torch, config.dtype)) if config.beta else None
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    accuracies, failures = [], 0
+
+    def evaluation(step: int) -> str:
+        copy_weights(policy, old_policy)
+        accuracy, length = evaluate(old_policy, tokenizer, task, held_out, P * G // WORLD_SIZE, **limits)
+        accuracies.append(accuracy)
+        record(output, {"step": step, "eval_accuracy": accuracy, "eval_response_tokens": length})
+        return f"held-out accuracy {accuracy:.3f}"
+
+    if held_out:
+        say(f"before training: {evaluation(0)}")
+    for step in progress(range(1, config.steps + 1), "training"):  # line 2 of Algorithm 1
+        clock = [time.perf_counter()]
+        # Line 4: θ* ← θ
+        copy_weights(policy, old_policy)
+        # Line 6: for each prompt of the batch
+        places = range(P)[mine]
+        batch = [problems[i] for i in draw_batch(len(problems), P, step, config.seed)[mine]]
+        # Line 7: sample G responses from P_θ*
+        seeds = [((config.seed << 32) + step << 32) + place for place in places]
+        prompts, how = [row["prompt"] for row in batch], {"temperature": config.temperature, "top_p": config.top_p}
+        responses = sample(old_policy, prompts, G, seeds=seeds, **how, **limits)
+        clock.append(time.perf_counter())
+        # Lines 3 and 8: a new buffer D with the trajectories
+        D = [Trajectory(places[i // G], prompts[i // G], response) for i, response in enumerate(responses)]
+        # Line 9: reward each; from the rewards of all ranks come the weights R̃ − b of Eq. 12
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        for i, t in enumerate(D):
+            t.reward = task.reward(texts[i], batch[i // G]["answer"])
+        facts = [(t.reward, len(t.response), t.response[-1] not in limits["eos_token_id"]) for t in D]
+        rewards, lengths, cut = torch.tensor(gather(facts), dtype=torch.float64).unbind(1)
+        weights = subtract_baseline(smooth_rewards(rewards).view(P, G), config.baseline)
+        for t, weight in zip(D, weights[mine].flatten().tolist()):
+            t.weight = weight
+        # Line 12: update θ with Eq. 12 on samples from D, in M parts; a part without signal has no gradient
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
+        updates: list[dict] = []
+        for part in list(range(M)) * config.epochs:
+            if weights[part::M].any() or reference is not None:
+                chosen, total = [t for t in D if t.place % M == part], weights[part::M].numel()
+                moved = old_policy if updates else None
+                updates.append(update(policy, optimizer, chosen, total, config, moved, reference))
+                failures = failures + 1 if updates[-1]["skipped"] else 0
+                if failures == 5:
+                    raise FloatingPointError("five updates in a row had a loss or gradient that is not finite")
+        clock.append(time.perf_counter())
+
+        line = report(output, step, rewards, lengths, cut, weights, updates, clock)
+        if held_out and (step % config.eval_every == 0 or step == config.steps):
+            line += f"  {evaluation(step)}"
+        say(line)
+        if step % 10 == 1:
+            say(f"      sampled, reward {D[0].reward:g}: {batch[0]['question']!r} → {texts[0]!r}")
+    return accuracies
+
+
+def report(output: Path, step: int, rewards, lengths, cut, weights, updates: list[dict], clock: list[float]) -> str:
+    """Write an iteration's row of metrics.jsonl and return its line; an update's statistics are means over the updates."""
+    row = {"step": step, "reward": rewards.mean().item(), "response_tokens": lengths.mean().item()}
+    for name in ("loss", "grad_norm", "kl", "entropy", "ess"):
+        row[name] = float(np.mean([stats[name] for stats in updates])) if updates else None
+    row["skipped_updates"] = sum(stats["skipped"] for stats in updates)
+    row["no_signal"] = (weights == 0).all(1).double().mean().item()  # share of prompts
+    row["cut"] = cut.mean().item()  # share of responses that reached the token limit
+    row["sample_seconds"], row["update_seconds"], row["step_seconds"] = *np.diff(clock), clock[-1] - clock[0]
+    row["tokens_per_second"] = lengths.sum().item() / row["step_seconds"]
+    record(output, row)
+    line = f"{step:4d}  reward {row['reward']:.3f}  length {row['response_tokens']:5.1f}  {row['step_seconds']:5.1f} s"
+    if not updates:
+        return f"{line}  no signal: the samples of each prompt have the same reward, so there is nothing to learn from"
+    line += f"  gradient norm {row['grad_norm']:.3f}  without signal {row['no_signal']:4.0%}"
+    return line + f"  {row['skipped_updates']} updates skipped, not finite" * bool(row["skipped_updates"])
+
+
+def record(output: Path, row: dict) -> None:
+    """Append a row to OUTPUT/metrics.jsonl, in which null stands for a number that is missing or not finite."""
+    if RANK == 0:
+        row = {
+            key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in row.items()
+        }
+        with open(output / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+# -------- The command line --------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Print from the first process, above its progress bars."""
+    if RANK == 0:
+        (tqdm.write if sys.stderr.isatty() else partial(print, flush=True))(text)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def fail(message: object, code: int = 2):
+    """End the process with one line on standard error; of several processes on a machine the first one prints it."""
+    if LOCAL_RANK == 0:
+        print(f"empg.py: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def parse_config(argv: list[str]) -> Config:
+    """The options of a command line, with the recipe for this machine in front when it names no model."""
+    parser = HfArgumentParser(Config, prog="empg.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see python empg.py --help")
+    given = parser.parse_args(argv)
+    if given.model not in (None, "builtin"):
+        recipe = []
+    elif given.model == "builtin" or given.task == "sums" or (given.task is None and not torch.cuda.is_available()):
+        recipe = LAPTOP.split()
+    else:
+        recipe = GPU.split()
+    if recipe:
+        say(f"This stands for: python empg.py {shlex.join(recipe + argv)}")
+    config = Config(**vars(parser.parse_args(recipe + argv)))
+    config.task = config.task or "gsm8k"
+    if config.device is None:
+        config.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if config.dtype is None:
+        config.dtype = "bfloat16" if config.device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for an option that cannot work, before anything is loaded; the message says what to change."""
+
+    def require(name: str, holds: bool, advice: str) -> None:
+        if not holds:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {advice}")
+
+    counts = (
+        "steps",
+        "prompts_per_step",
+        "num_samples",
+        "max_new_tokens",
+        "minibatches",
+        "epochs",
+        "micro_batch_tokens",
+    )
+    for name in counts:
+        require(name, getattr(config, name) >= 1, "must be at least 1")
+    for name in ("eval_every", "eval_problems", "warmup_steps", "seed", "beta"):
+        require(name, 0 <= getattr(config, name) < np.inf, "must be at least 0")
+    for name in ("temperature", "lr", "max_grad_norm"):
+        require(name, 0 < getattr(config, name) < np.inf, "must be above 0")
+    require("top_p", 0 < config.top_p <= 1, "must be above 0 and at most 1")
+    require("task", config.task in TASKS, f"choose {', '.join(TASKS)}")
+    require("model", config.model != "builtin" or config.task == "sums", f"cannot do {config.task}; name another model")
+    require("baseline", config.baseline in BASELINES, f"choose {', '.join(BASELINES)}")
+    require("num_samples", config.num_samples > 1 or config.baseline != "loo", "the baseline loo needs at least 2")
+    require(
+        "prompts_per_step", config.prompts_per_step % WORLD_SIZE == 0, f"must be divisible by {WORLD_SIZE} processes"
+    )
+    require("minibatches", config.minibatches <= config.prompts_per_step, "must be at most --prompts-per-step")
+    require("prompt_template", "{question}" in (config.prompt_template or "{question}"), "must contain {question}")
+    require("dtype", config.dtype in ("bfloat16", "float32"), "choose bfloat16 or float32")
+    try:
+        torch.empty(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        require("device", False, f"cannot be used here ({first_line(error)})")
+
+
+def make_output(config: Config) -> Path:
+    """The directory for the results: --output, or else a new one under runs/.
+
+    Raises:
+        ValueError: it holds another run or cannot be written.
+    """
+    output = Path(config.output or f"runs/{config.task}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    if any((output / name).exists() for name in ("config.json", "metrics.jsonl", "model")):
+        raise ValueError(f"--output {output}: holds another run; name a new directory")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error.strerror})") from error
+    return output
+
+
+def load_problems(config: Config, task: Task, tokenizer, context: int) -> tuple[list[dict], list[dict]]:
+    """Training and held-out problems, each row with its `prompt` in token ids. What is held out is never trained on.
+
+    Raises:
+        ValueError: no problem is left to train on, or a prompt and its response do not fit the model's context.
+    """
+    held_out = task.problems(config.data, "test") if config.eval_every else []
+    questions = {row["question"] for row in held_out}
+    problems = [row for row in task.problems(config.data, "train") if row["question"] not in questions]
+    if not problems:
+        raise ValueError(
+            "--data: every training problem is a held-out one as well; --eval-every 0 trains without those"
+        )
+    chosen = np.random.default_rng(0).permutation(len(held_out))[: config.eval_problems]  # the same for every seed
+    held_out = [held_out[i] for i in chosen]
+    rows = problems + held_out
+    for row, ids in zip(rows, encode_prompts(tokenizer, task, [r["question"] for r in rows], config.prompt_template)):
+        row["prompt"] = ids
+    longest = max(len(row["prompt"]) for row in rows)
+    if longest + config.max_new_tokens > context:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens}: with the longest prompt, {longest} tokens, it exceeds the model's"
+            f" context of {context}; at most {context - longest} fit"
+        )
+    return problems, held_out
+
+
+def in_turn(work: Callable):
+    """The first process of each machine does the work, then the others: they find what it downloaded or built."""
+    waits = LOCAL_RANK > 0
+    if waits:
+        dist.barrier()
+    result = work()
+    if WORLD_SIZE > 1 and not waits:
+        dist.barrier()
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: `argv`, or else the process's own."""
+    config = parse_config(list(sys.argv[1:] if argv is None else argv))
+    try:
+        check(config)
+        if config.device == "cuda":
+            config.device = f"cuda:{LOCAL_RANK}"
+            torch.cuda.set_device(config.device)
+        if WORLD_SIZE > 1:
+            dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
+        output = make_output(config) if RANK == 0 else Path()
+        task, name = TASKS[config.task], config.model
+        if name == "builtin":
+            name = "runs/sums-base"
+            in_turn(lambda: Path(name).exists() or build_base(Path(name), config.device))
+        policy, tokenizer = in_turn(lambda: load_policy(name, config.device))
+        stop_tokens(tokenizer, policy)
+        context = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
+        problems, held_out = in_turn(lambda: load_problems(config, task, tokenizer, context))
+    except ValueError as error:
+        fail(error)
+
+    if RANK == 0:
+        versions = {name: version(name) for name in ("torch", "transformers", "datasets", "numpy", "math-verify")}
+        settings = {
+            **asdict(config),
+            "processes": WORLD_SIZE,
+            "python": platform.python_version(),
+            "versions": versions,
+        }
+        (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    size = sum(p.numel() for p in policy.parameters()) / 1e6
+    say(f"{config.model}: {size:.1f}M parameters on {WORLD_SIZE} × {config.device}, {config.dtype}; {config.task}:")
+    say(f"{len(problems)} problems to train on, {len(held_out)} held out. Results go to {output}")
+    try:
+        accuracies = train(config, policy, tokenizer, problems, held_out, output)
+    except FloatingPointError as error:
+        fail(error, code=1)
+    finally:  # whatever ends the training, what was learned is kept
+        if RANK == 0:
+            frozen_copy(policy, getattr(torch, config.dtype)).save_pretrained(output / "model")
+            tokenizer.save_pretrained(output / "model")
+            say(f"The model is in {output / 'model'}")
+    if accuracies:
+        say(f"Accuracy on {len(held_out)} held-out problems: {accuracies[0]:.3f} before, {accuracies[-1]:.3f} after.")
+    say(f"Score it with: python eval.py --model {output / 'model'} --task {config.task}")
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,917 @@
+"""The second half of the lesson: each test states the claim that it proves, on policies small enough to enumerate, on
+tiny real models, and on whole runs of the command. `pytest -q` takes about a minute on two cores and needs no network.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import empg
+
+torch.set_num_threads(1)  # tiny models lose more than they gain by a second one
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared/data"
+needs_data = pytest.mark.skipif(not SHARED.exists(), reason="real data sets are not beside the project")
+
+# -------- Toy policies: every trajectory can be enumerated ------------------------------------------------------------
+
+EOS, V, T = 0, 3, 2  # three tokens, responses of at most two
+TRAJECTORIES = [
+    t for n in (1, T) for t in itertools.product(range(V), repeat=n) if (EOS in t[-1:] or n == T) and EOS not in t[:-1]
+]
+PREFIXES = [(), (1,), (2,)]
+RIGHT = torch.tensor([0.0, 1, 0, 0, 1, 0, 1], dtype=torch.float64)  # a 0/1 reward for each of the seven trajectories
+MASK = torch.tensor([[1.0] * len(t) + [0.0] * (T - len(t)) for t in TRAJECTORIES], dtype=torch.float64)
+
+
+def toy_logprobs(logits: torch.Tensor) -> torch.Tensor:
+    """(prefixes, V) logits, or one (V,) vector shared by all prefixes → (trajectories, T) log-probabilities."""
+    table = logits.expand(len(PREFIXES), V).log_softmax(-1)
+    zero = torch.zeros((), dtype=logits.dtype)
+    return torch.stack(
+        [
+            torch.stack([table[PREFIXES.index(t[:i]), t[i]] if i < len(t) else zero for i in range(T)])
+            for t in TRAJECTORIES
+        ]
+    )
+
+
+def toy_logits(seed: int, shape=(3, V)) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def gradient(value: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(value, of, retain_graph=True)[0]
+
+
+def test_toy_policy_is_a_distribution():
+    """The probabilities of the enumerated trajectories sum to one."""
+    assert len(TRAJECTORIES) == len(RIGHT) == 7
+    assert toy_logprobs(toy_logits(0)).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_expected_empg_gradient_is_the_policy_gradient():
+    """At θ = θ* the expected gradient of `empg_loss` is −∇ Σ_τ P(τ) R̃(τ) (Eq. 4 with Eq. 12), for any fixed R̃."""
+    logits = toy_logits(1)
+    logprobs = toy_logprobs(logits)
+    smoothed = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    true = gradient((logprobs.sum(1).exp() * smoothed).sum(), logits)
+    p = logprobs.sum(1).exp().detach()
+    expected = 7 * p * smoothed  # times 7, since the loss is a mean over its seven rows
+    torch.testing.assert_close(
+        -gradient(empg.empg_loss(logprobs, MASK, expected), logits), true, rtol=1e-12, atol=1e-14
+    )
+
+
+def groups_of(logits: torch.Tensor, kind: str, group: int = 3):
+    """Every group of `group` samples of the toy policy: its probability and its EMPG gradient with a baseline."""
+    logprobs = toy_logprobs(logits)
+    p = logprobs.sum(1).exp().detach()
+    smoothed = 0.3 + 0.5 * RIGHT  # R̃ held fixed
+    for rows in itertools.product(range(7), repeat=group):
+        weights = empg.subtract_baseline(smoothed[list(rows)][None], kind)[0]
+        yield p[list(rows)].prod(), -gradient(empg.empg_loss(logprobs[list(rows)], MASK[list(rows)], weights), logits)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("none", 1), ("loo", 1), ("group", 2 / 3), ("batch", 2 / 3)])
+def test_baseline_leaves_the_expected_gradient(kind, factor):
+    """Over all groups of three samples leave-one-out has exactly the true gradient; a mean with τ in it, (G−1)/G of it."""
+    logits = toy_logits(3)
+    true = gradient((toy_logprobs(logits).sum(1).exp() * (0.3 + 0.5 * RIGHT)).sum(), logits)
+    expected = sum(p * g for p, g in groups_of(logits, kind))
+    torch.testing.assert_close(expected, factor * true, rtol=1e-10, atol=1e-12)
+
+
+def test_baseline_lowers_the_variance():
+    """Leave-one-out lowers the gradient's variance, here to less than half."""
+    variance = {}
+    for kind in ("none", "loo"):
+        groups = list(groups_of(toy_logits(3), kind))
+        mean = sum(p * g for p, g in groups)
+        variance[kind] = sum(p * (g - mean).square().sum() for p, g in groups).item()
+    assert variance["loo"] < 0.5 * variance["none"]
+
+
+@pytest.mark.parametrize("shape", [(len(PREFIXES), V), (V,)], ids=["tabular", "shared logits"])
+def test_em_never_lowers_the_objective(shape):
+    """An exact E-step (Eq. 8) and a full M-step on `empg_loss` (Eq. 10) never lower log J(θ), and raise it at first."""
+    logits = toy_logits(4, shape)
+    history = []
+    for _ in range(8):
+        p = toy_logprobs(logits).sum(1).exp().detach()
+        history.append((p * RIGHT).sum().log().item())
+        q = p * RIGHT / (p * RIGHT).sum()
+        optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+        def surrogate(q=q, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = empg.empg_loss(toy_logprobs(logits), MASK, 7 * q)
+            loss.backward()
+            return loss
+
+        optimizer.step(surrogate)
+    assert all(after >= before - 1e-9 for before, after in itertools.pairwise(history))
+    assert history[-1] > history[0] + 0.1
+
+
+def test_missing_importance_weights_vanish_with_the_step():
+    """Away from θ* the EMPG gradient is not the importance-weighted one; the gap shrinks in proportion to the distance."""
+    old = toy_logits(5).detach()
+    p_old = toy_logprobs(old).sum(1).exp()
+    direction = toy_logits(6).detach()
+    gaps = []
+    for distance in (0.2, 0.1, 0.05, 0.0):
+        logits = (old + distance * direction).requires_grad_()
+        logprobs = toy_logprobs(logits)
+        weight = logprobs.sum(1).exp().detach() / p_old
+        empg_gradient = gradient(empg.empg_loss(logprobs, MASK, 7 * p_old * RIGHT), logits)
+        weighted = gradient(empg.empg_loss(logprobs, MASK, 7 * p_old * weight * RIGHT), logits)
+        gaps.append((empg_gradient - weighted).norm().item())
+    assert gaps[0] > 0.01
+    assert gaps[3] < 1e-15
+    assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.2)
+    assert gaps[1] / gaps[2] == pytest.approx(2, rel=0.1)
+
+
+# -------- Smoothing, baseline, loss, divergence -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("right", [1, 3, 8, 13, 15])
+def test_smoothing_is_affine_on_binary_rewards(right):
+    """On 0/1 rewards R̃ = u + s·R with s = sigmoid(√((1−p)/p)) − sigmoid(−√(p/(1−p))): σ is the population's."""
+    p = right / 16
+    rewards = torch.tensor([1.0] * right + [0.0] * (16 - right), dtype=torch.float64)
+    smoothed = empg.smooth_rewards(rewards)
+    sigmoid = lambda z: 1 / (1 + math.exp(-z))
+    s = sigmoid(math.sqrt((1 - p) / p)) - sigmoid(-math.sqrt(p / (1 - p)))
+    assert 0.46 < s < 0.55
+    torch.testing.assert_close(smoothed, smoothed[-1] + s * rewards, rtol=0, atol=1e-12)
+
+
+def test_smoothing_is_monotone_and_strictly_between_0_and_1():
+    """R̃ keeps the order of graded rewards, and stays inside (0, 1) where the sigmoid itself rounds to 0 or 1."""
+    for rewards in (torch.randn(100), torch.tensor([0.0] * 5000 + [1.0]), torch.tensor([1.0] * 5000 + [0.0])):
+        smoothed = empg.smooth_rewards(rewards)
+        assert ((smoothed > 0) & (smoothed < 1)).all()
+        assert (smoothed[rewards.argsort()].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.1, -3e38])
+def test_smoothing_of_equal_rewards_is_one_half(value):
+    """A batch without differences is smoothed to exactly 0.5, and no rounding of its mean makes a signal."""
+    assert (empg.smooth_rewards(torch.full((37,), value)) == 0.5).all()
+
+
+@pytest.mark.parametrize("rewards", [[3e38, -3e38, 1.0], [1e-45, 0.0, 0.0], [1, 0, 7], [1e30, 1e30 * (1 + 1e-6), 0.0]])
+def test_smoothing_is_finite_for_any_finite_reward(rewards):
+    """Neither huge, tiny nor integer rewards make it overflow."""
+    assert empg.smooth_rewards(torch.tensor(rewards)).isfinite().all()
+
+
+@pytest.mark.parametrize("rewards", [[], [1.0, math.nan], [math.inf, 0.0]])
+def test_smoothing_refuses_what_has_no_statistics(rewards):
+    """No reward, or one that is not finite, is an error and not a silent nan in every weight."""
+    with pytest.raises(ValueError, match="finite"):
+        empg.smooth_rewards(torch.tensor(rewards))
+
+
+def test_baselines_are_what_their_names_say():
+    """loo subtracts the mean of the prompt's other samples, group the prompt's mean, batch the mean of everything."""
+    r = torch.rand(3, 4, dtype=torch.float64)
+    others = torch.tensor([[[r[i, k] for k in range(4) if k != j] for j in range(4)] for i in range(3)]).mean(2)
+    torch.testing.assert_close(empg.subtract_baseline(r), r - others)
+    torch.testing.assert_close(empg.subtract_baseline(r, "group"), r - r.mean(1, keepdim=True))
+    torch.testing.assert_close(empg.subtract_baseline(r, "batch"), r - r.mean())
+    assert torch.equal(empg.subtract_baseline(r, "none"), r)
+
+
+@pytest.mark.parametrize("kind", ["loo", "group"])
+def test_a_prompt_without_differences_has_weight_exactly_0(kind):
+    """All right or all wrong is no signal: weight 0 to the last bit, whatever 0.6224593 summed seven times rounds to."""
+    smoothed = empg.smooth_rewards(torch.tensor([1.0] * 7 + [0, 0, 1, 0, 1, 1, 1] + [0.0] * 7))
+    weights = empg.subtract_baseline(smoothed.view(3, 7), kind)
+    assert (weights[[0, 2]] == 0).all()
+    assert (weights[1] != 0).all()
+
+
+def test_bad_baselines_are_refused():
+    """An unknown kind, a flat vector, and leave-one-out of a single sample are errors."""
+    for rewards, kind in ((torch.rand(2, 2), "mean"), (torch.rand(4), "loo"), (torch.rand(4, 1), "loo")):
+        with pytest.raises(ValueError, match="baseline"):
+            empg.subtract_baseline(rewards, kind)
+
+
+def test_loss_sums_over_tokens_and_averages_over_trajectories():
+    """−(1/N) Σ w Σ log π by hand: not a mean over tokens, and nothing that stands on padding counts."""
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, math.nan, -math.inf]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    assert empg.empg_loss(logprobs, mask, torch.tensor([0.5, -1.0])).item() == pytest.approx(-(0.5 * -6 + -1 * -4) / 2)
+
+
+def test_k3_estimates_the_reverse_kl():
+    """Its expectation under π is KL(π ‖ ref); as a plain loss its gradient is that of KL(ref ‖ π), as its docstring says."""
+    logits, ref = toy_logits(7, (5,)), toy_logits(8, (5,)).detach().log_softmax(0)
+    log_pi = logits.log_softmax(0)
+    k3 = empg.kl_k3(log_pi, ref)
+    assert (k3 >= 0).all()
+    assert (log_pi.exp() * k3).sum().item() == pytest.approx((log_pi.exp() * (log_pi - ref)).sum().item(), abs=1e-12)
+    as_loss = gradient((log_pi.exp().detach() * k3).sum(), logits)
+    torch.testing.assert_close(as_loss, gradient((ref.exp() * (ref - log_pi)).sum(), logits))
+    assert (empg.kl_k3(ref, ref) == 0).all()
+
+
+def test_effective_sample_size():
+    """(Σw)²/(NΣw²): 1 for equal weights, 1/N when one weight is all, and finite for weights that overflow."""
+    log_w = torch.randn(50, dtype=torch.float64)
+    w = log_w.exp()
+    assert empg.effective_sample_size(log_w) == pytest.approx((w.sum() ** 2 / (50 * (w**2).sum())).item())
+    assert empg.effective_sample_size(torch.full((9,), 900.0)) == pytest.approx(1)
+    assert empg.effective_sample_size(torch.tensor([1000.0, 0, 0, 0])) == pytest.approx(0.25)
+
+
+# -------- Tiny real models: sampling and log-probabilities ------------------------------------------------------------
+
+
+def make_model(seed=0, vocab=18, scale=0.5, dtype=torch.float64, **config):
+    """A two-layer Qwen2 with grouped-query attention, whose predictions are far from uniform."""
+    torch.manual_seed(seed)
+    settings = {"vocab_size": vocab, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+                "initializer_range": scale, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0} | config  # fmt: skip
+    return Qwen2ForCausalLM(Qwen2Config(**settings)).to(dtype).eval()
+
+
+PROMPTS = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12], [3, 3, 3, 3, 3, 3, 3, 4]]
+LIMITS = {"eos_token_id": 1, "pad_token_id": 0}
+
+
+def plain_logprobs(model, prompt, response, temperature=1.0):
+    """The formula with nothing clever: one sequence, all logits, log-softmax, pick the next token."""
+    logits = model(torch.tensor([prompt + response])).logits[0] / temperature
+    return torch.stack([logits[len(prompt) - 1 + t].log_softmax(-1)[token] for t, token in enumerate(response)])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [18, 100, 2**26])
+def test_log_probs_equal_the_plain_formula_and_its_gradient(temperature, chunk):
+    """Batching, right padding, chunks of logits and recomputation change neither values nor gradients."""
+    model = make_model()
+    responses = [[5, 6, 1], [1], [7, 7, 7, 7, 7, 7], [2, 9]]
+    values, mask = empg.log_probs(model, PROMPTS, responses, temperature=temperature, logits_per_chunk=chunk)
+    plain = [plain_logprobs(model, p, r, temperature) for p, r in zip(PROMPTS, responses)]
+    assert mask.sum(1).tolist() == [3, 1, 6, 2]
+    assert (values[~mask] == 0).all()
+    for i, expected in enumerate(plain):
+        torch.testing.assert_close(values[i][mask[i]], expected, rtol=1e-10, atol=1e-12)
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    empg.empg_loss(values, mask, weights).backward()
+    fast = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    (-sum(w * lp.sum() for w, lp in zip(weights, plain)) / 4).backward()
+    for a, p in zip(fast, model.parameters()):
+        torch.testing.assert_close(a, p.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_log_probs_equal_those_that_sample_saw(monkeypatch):
+    """For left-padded prompts of unequal length, `log_probs` under θ* gives what the sampler drew its tokens from."""
+    model, seen = make_model(), []
+    draw = empg.draw_tokens
+
+    def spy(logits, uniforms, temperature, top_p):
+        tokens = draw(logits, uniforms, temperature, top_p)
+        seen.append((logits / temperature).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1))
+        return tokens
+
+    monkeypatch.setattr(empg, "draw_tokens", spy)
+    never = {"eos_token_id": 17, "pad_token_id": 0}
+    responses = empg.sample(model, PROMPTS, 3, 9, temperature=0.8, seeds=[0, 1, 2, 3], **never)
+    values, mask = empg.log_probs(model, [p for p in PROMPTS for _ in range(3)], responses, temperature=0.8)
+    whole = [i for i, r in enumerate(responses) if len(r) == 9 and 17 not in r]
+    first = torch.stack([s for s in seen if len(s) == 12], 1)  # the steps before any row left the batch
+    assert len(whole) >= 3 and first.shape[1] >= 3
+    torch.testing.assert_close(values[:, : first.shape[1]][mask[:, : first.shape[1]]], first[mask[:, : first.shape[1]]])
+
+
+def test_sample_does_not_depend_on_its_company():
+    """A trajectory is the same alone, in another order, with more samples, with padding, or with a higher limit."""
+    model = make_model(scale=0.3)
+    seeds = [11, 12, 13, 14]
+    together = empg.sample(model, PROMPTS, 6, 20, seeds=seeds, **LIMITS)
+    assert len({len(r) for r in together}) > 4  # rows have left the batch at many moments
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, seeds)):
+        assert empg.sample(model, [prompt], 6, 20, seeds=[seed], **LIMITS) == together[6 * i : 6 * i + 6]
+        assert empg.sample(model, [prompt], 2, 20, seeds=[seed], **LIMITS) == together[6 * i : 6 * i + 2]
+        shorter = empg.sample(model, [prompt], 6, 4, seeds=[seed], **LIMITS)
+        assert shorter == [r[:4] for r in together[6 * i : 6 * i + 6]]
+    backwards = empg.sample(model, PROMPTS[::-1], 6, 20, seeds=seeds[::-1], **LIMITS)
+    assert [backwards[6 * i : 6 * i + 6] for i in (3, 2, 1, 0)] == [together[6 * i : 6 * i + 6] for i in range(4)]
+    assert empg.sample(model, PROMPTS, 6, 20, seeds=[1, 2, 3, 4], **LIMITS) != together
+
+
+def test_greedy_sampling_equals_generate():
+    """Temperature 0 gives what transformers' own generate gives."""
+    model = make_model()
+    ours = empg.sample(model, PROMPTS, 1, 12, temperature=0, **LIMITS)
+    for prompt, response in zip(PROMPTS, ours):
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, use_cache=False)
+        assert theirs[0, len(prompt) :].tolist() == response
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_frequencies_match_the_probabilities(temperature):
+    """χ² of 4,000 samples of the first two tokens against the model's probabilities: no more than chance."""
+    model = make_model(vocab=6, scale=0.3)
+    counts = np.zeros((6, 6))
+    for response in empg.sample(
+        model, [[3, 4]], 4000, 2, seeds=[0], temperature=temperature, eos_token_id=99, pad_token_id=0
+    ):
+        counts[tuple(response)] += 1
+    pairs = [[a, b] for a in range(6) for b in range(6)]
+    with torch.no_grad():
+        p = torch.stack([plain_logprobs(model, [3, 4], r, temperature).sum().exp() for r in pairs]).view(6, 6).numpy()
+    often = 4000 * p >= 5  # the test's usual rule: what is expected less often is one cell together
+    expected = np.append(4000 * p[often], 4000 * p[~often].sum())
+    observed = np.append(counts[often], counts[~often].sum())
+    degrees = len(expected) - 1
+    assert degrees > 10 and p.max() / p.min() > 5
+    chi2 = ((observed - expected) ** 2 / expected).sum()
+    assert chi2 < degrees + 4 * math.sqrt(2 * degrees)  # mean and four standard deviations
+
+
+def test_a_response_ends_with_its_only_eos():
+    """EOS, or any of several, stops a row and stays in it; other rows go on to the limit."""
+    responses = empg.sample(
+        make_model(scale=0.2), PROMPTS, 50, 15, seeds=[0, 1, 2, 3], eos_token_id=[1, 5], pad_token_id=0
+    )
+    assert all(not {1, 5} & set(r[:-1]) for r in responses)
+    ends = [r[-1] in (1, 5) for r in responses]
+    assert all(end or len(r) == 15 for r, end in zip(responses, ends))
+    assert 0 < sum(ends) < len(ends) and {r[-1] for r, end in zip(responses, ends) if end} == {1, 5}
+
+
+def test_top_p_keeps_the_smallest_nucleus():
+    """Tokens outside the nucleus are never drawn; inside, frequencies are the probabilities over their sum."""
+    probs = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+    uniforms = (torch.arange(10_000) + 0.5) / 10_000
+    drawn = empg.draw_tokens(probs.log().expand(10_000, 5), uniforms, top_p=0.6)  # 0.4 + 0.25 reaches 0.6
+    counts = torch.bincount(drawn, minlength=5) / 10_000
+    torch.testing.assert_close(counts, torch.tensor([0, 0.4, 0, 0.25, 0]) / 0.65, atol=2e-4, rtol=0)
+    only = empg.draw_tokens(probs.log().expand(100, 5), torch.linspace(0, 0.999, 100), top_p=1e-6)
+    assert (only == 1).all()
+
+
+def test_a_token_without_probability_is_never_drawn():
+    """Also at the ends of the range: uniform numbers of 0 and of the largest float below 1."""
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 1.0, -math.inf]).expand(2, 5)
+    assert empg.draw_tokens(logits, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 3]
+
+
+def test_sample_and_log_probs_refuse_empty_input():
+    """No prompts, an empty prompt, missing seeds or an empty response are errors."""
+    model = make_model()
+    for prompts, seeds in (([], []), ([[3], []], [0, 1]), ([[3]], None), ([[3]], [0, 1])):
+        with pytest.raises(ValueError, match="needs"):
+            empg.sample(model, prompts, 2, 3, seeds=seeds, **LIMITS)
+    for prompts, responses in (([], []), ([[3]], [[]]), ([[3]], [[4], [5]])):
+        with pytest.raises(ValueError, match="needs"):
+            empg.log_probs(model, prompts, responses)
+
+
+def test_frozen_copy_rounds_parameters_only():
+    """θ* in bfloat16 keeps its rotary frequencies in float32, has no gradients, and follows θ through `copy_weights`."""
+    policy = make_model(dtype=torch.float32, attention_dropout=0.5).train()
+    frozen = empg.frozen_copy(policy, torch.bfloat16)
+    assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in frozen.buffers()} == {torch.float32}
+    assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(1)
+    empg.copy_weights(policy, frozen)
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(policy.parameters(), frozen.parameters()))
+
+
+# -------- The update --------------------------------------------------------------------------------------------------
+
+
+def make_trajectories(weights):
+    rng = np.random.default_rng(0)
+    return [
+        empg.Trajectory(i, PROMPTS[i % 4], rng.integers(3, 18, size=1 + i % 5).tolist() + [1], weight=w)
+        for i, w in enumerate(weights)
+    ]
+
+
+def config(**options) -> empg.Config:
+    return empg.Config(device="cpu", dtype="float32", max_grad_norm=1e9, **options)
+
+
+def update_gradient(model, trajectories, *args, **kwargs):
+    """The gradient that `update` leaves behind, and its statistics; the learning rate 0 leaves the model as it was."""
+    stats = empg.update(model, torch.optim.SGD(model.parameters(), lr=0.0), trajectories, *args, **kwargs)
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), stats
+
+
+def direct_gradient(model, trajectories, total):
+    model.zero_grad()
+    (-sum(t.weight * plain_logprobs(model, t.prompt, t.response).sum() for t in trajectories) / total).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+WEIGHTS = [0.3, 0.0, -0.2, 0.1, 0.0, 0.0, -0.5, 0.7, 0.2]
+
+
+@pytest.mark.parametrize("budget", [1, 25, 10_000])
+def test_update_has_the_gradient_of_the_whole_batch(budget):
+    """Neither micro-batches nor skipping trajectories of weight 0 change the gradient, which is that of Eq. 12."""
+    model, trajectories = make_model(), make_trajectories(WEIGHTS)
+    got, stats = update_gradient(model, trajectories, 9, config(micro_batch_tokens=budget))
+    expected = direct_gradient(model, trajectories, 9)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+    assert stats["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-6)
+    direct = -sum(t.weight * plain_logprobs(model, t.prompt, t.response).sum().item() for t in trajectories) / 9
+    assert stats["loss"] == pytest.approx(direct, rel=1e-6)
+
+
+def test_weight_0_is_not_computed(monkeypatch):
+    """The forward pass sees only trajectories that carry weight."""
+    seen = []
+    original = empg.log_probs
+    monkeypatch.setattr(empg, "log_probs", lambda m, p, r, **k: seen.append(len(p)) or original(m, p, r, **k))
+    update_gradient(make_model(), make_trajectories(WEIGHTS), 9, config())
+    assert sum(seen) == sum(w != 0 for w in WEIGHTS)
+
+
+def test_kl_term_has_its_gradient():
+    """With β the gradient is that of the loss plus β times the summed k3 of every trajectory, also those of weight 0."""
+    model, reference, trajectories = make_model(), make_model(seed=1), make_trajectories(WEIGHTS)
+    got, stats = update_gradient(model, trajectories, 9, config(beta=0.3, micro_batch_tokens=30), reference=reference)
+    model.zero_grad()
+    loss = kl = 0
+    for t in trajectories:
+        lp, ref = plain_logprobs(model, t.prompt, t.response), plain_logprobs(reference, t.prompt, t.response).detach()
+        kl = kl + ((ref - lp).exp() - 1 - (ref - lp)).sum()
+        loss = loss - t.weight * lp.sum()
+    ((loss + 0.3 * kl) / 9).backward()
+    torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-6, atol=1e-9)
+    assert stats["kl"] == pytest.approx(kl.item() / sum(len(t.response) for t in trajectories), rel=1e-6)
+
+
+def test_ess_measures_the_distance_from_the_old_policy():
+    """1 at θ = θ*, even for a model with dropout, which must be off in both; less for another θ."""
+    model, trajectories = make_model(attention_dropout=0.5), make_trajectories(WEIGHTS)
+    _, same = update_gradient(model, trajectories, 9, config(), old_policy=empg.frozen_copy(model, torch.float64))
+    assert same["ess"] == pytest.approx(1, abs=1e-12)
+    _, other = update_gradient(model, trajectories, 9, config(), old_policy=make_model(seed=1))
+    kept = [t for t in trajectories if t.weight]
+    w = torch.stack([
+        (plain_logprobs(model, t.prompt, t.response) - plain_logprobs(make_model(seed=1), t.prompt, t.response)).sum().exp()
+        for t in kept
+    ])  # fmt: skip
+    assert other["ess"] == pytest.approx((w.sum() ** 2 / (len(w) * (w**2).sum())).item(), rel=1e-4)
+
+
+def test_entropy_is_the_mean_surprise_of_the_tokens():
+    """A uniform policy over 18 tokens has log 18 nats per token."""
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    _, stats = update_gradient(model, make_trajectories(WEIGHTS), 9, config())
+    assert stats["entropy"] == pytest.approx(math.log(18))
+
+
+def test_micro_batches_cover_everything_within_the_budget():
+    """Each index once; no group of several exceeds the budget when padded; similar lengths stand together."""
+    lengths = np.random.default_rng(0).integers(1, 50, size=200).tolist()
+    groups = empg.micro_batches(lengths, 120)
+    assert sorted(i for g in groups for i in g) == list(range(200))
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 120 for g in groups)
+    assert len(groups) < 1.3 * sum(lengths) / 120
+
+
+def test_every_problem_is_drawn_once_per_pass():
+    """Batches run through a shuffled data set without repetition, and differ by pass and by seed."""
+    draws = [i for step in range(1, 8) for i in empg.draw_batch(10, 4, step, seed=0)]
+    assert sorted(draws[:10]) == sorted(draws[10:20]) == list(range(10))
+    assert draws[:10] != draws[10:20]
+    assert empg.draw_batch(10, 4, 1, seed=1) != draws[:4]
+    assert len(empg.draw_batch(3, 8, 1, seed=0)) == 8  # a batch larger than the data
+
+
+# -------- Tasks -------------------------------------------------------------------------------------------------------
+
+
+def test_sums_never_trains_on_what_is_held_out():
+    """9,500 and 500 different problems, with right answers."""
+    problems = {split: empg.sums_problems(None, split) for split in ("train", "test")}
+    questions = {split: {row["question"] for row in rows} for split, rows in problems.items()}
+    assert len(questions["train"]) == 9500 and len(questions["test"]) == 500
+    assert not questions["train"] & questions["test"]
+    for row in problems["test"]:
+        assert str(eval(row["question"][:-1])) == row["answer"]
+
+
+CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<end>{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+
+
+def test_prompts_follow_the_chat_template_or_a_plain_one():
+    """The question and the instruction stand in the prompt once, by the template that applies; braces in them are safe."""
+    tokenizer = empg.character_tokenizer()
+    encode = lambda *args: tokenizer.decode(empg.encode_prompts(tokenizer, *args)[0])
+    assert encode(empg.TASKS["sums"], ["3+8="]) == "3+8="
+    assert encode(empg.TASKS["sums"], ["3+8="], "1,{question}#") == "1,3+8=#"
+    shown = []
+    spy = lambda texts, **options: shown.append((texts[0], options)) or {"input_ids": [[0]]}
+    fake = type("Tokenizer", (), {"chat_template": CHAT, "__call__": lambda self, *a, **k: spy(*a, **k)})()
+    fake.apply_chat_template = lambda turns, **k: f"<{turns[0]['content']}>"
+    task = empg.TASKS["math-hard"]
+    empg.encode_prompts(fake, task, ["What is {x}?"])
+    assert shown[0] == (f"<What is {{x}}?\n{task.instruction}>", {"add_special_tokens": False})
+    fake.chat_template = None
+    empg.encode_prompts(fake, task, ["What is {x}?"])
+    assert shown[1] == (f"Question: What is {{x}}?\n{task.instruction}\nAnswer:", {"add_special_tokens": True})
+
+
+def test_responses_stop_at_eos_and_at_the_end_of_a_chat_turn():
+    """EOS, the generation config's, and the token with which the chat template closes an answer, all end a response."""
+    tokenizer, model = empg.character_tokenizer(), make_model()
+    assert empg.stop_tokens(tokenizer, model) == [1]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = CHAT
+    model.generation_config.eos_token_id = [1, 7]
+    assert empg.stop_tokens(tokenizer, model) == [1, 7, tokenizer.convert_tokens_to_ids("<end>")]
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="EOS"):
+        empg.stop_tokens(tokenizer, model)
+
+
+# -------- Whole runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A directory with a random model for the task sums, stored in bfloat16 as hub models are."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    make_model(scale=0.1, dtype=torch.bfloat16).save_pretrained(path)
+    empg.character_tokenizer().save_pretrained(path)
+    return path
+
+
+def options(model, output, /, **changes) -> list[str]:
+    values = {"model": model, "task": "sums", "output": output, "steps": 2, "prompts_per_step": 4, "num_samples": 4,
+              "max_new_tokens": 8, "lr": 1e-3, "eval_every": 1, "eval_problems": 6, "device": "cpu"} | changes  # fmt: skip
+    return [
+        word
+        for name, value in values.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def metrics(output) -> list[dict]:
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def odd_is_right(monkeypatch):
+    """A reward with signal for a random model: responses of an odd number of characters."""
+    task = dataclasses.replace(empg.TASKS["sums"], reward=lambda response, answer: float(len(response) % 2))
+    monkeypatch.setitem(empg.TASKS, "sums", task)
+
+
+def test_a_run_leaves_what_it_promises(tiny, tmp_path, odd_is_right):
+    """metrics.jsonl has every key, config.json every option, and the saved model gives the same greedy text on reload."""
+    empg.main(options(tiny, tmp_path, steps=3, eval_every=2))
+    rows = metrics(tmp_path)
+    keys = {"step", "reward", "response_tokens", "loss", "grad_norm", "kl", "entropy", "ess", "sample_seconds",
+            "update_seconds", "step_seconds", "tokens_per_second", "no_signal", "cut", "skipped_updates"}  # fmt: skip
+    steps = [row for row in rows if "reward" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3] and all(keys == set(row) for row in steps)
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [0, 2, 3]
+    assert steps[0]["ess"] == pytest.approx(1) and steps[0]["kl"] is None and 0 < steps[0]["entropy"] < 4
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {field.name for field in dataclasses.fields(empg.Config)} < set(saved)
+    assert saved["seed"] == 0 and saved["versions"]["torch"] == torch.__version__
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
+    prompts = tokenizer(["3+8+5+2=", "1+1+1+1="])["input_ids"]
+    generated = model.generate(torch.tensor(prompts), max_new_tokens=8, do_sample=False)[:, len(prompts[0]) :]
+    sampled = empg.sample(model, prompts, 1, 8, temperature=0, **LIMITS)
+    assert [tokenizer.decode(r, skip_special_tokens=True) for r in generated] == tokenizer.batch_decode(
+        sampled, skip_special_tokens=True
+    )
+    assert any(
+        not torch.equal(a, b) for a, b in zip(model.parameters(), empg.load_policy(str(tiny), "cpu")[0].parameters())
+    )
+
+
+def test_the_trained_weights_are_float32_and_dropout_is_off(tiny):
+    """A checkpoint in bfloat16 is trained in float32, in which updates of 1e-6 survive."""
+    policy, _ = empg.load_policy(str(tiny), "cpu")
+    assert {p.dtype for p in policy.parameters()} == {torch.float32} and not policy.training
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def test_the_seed_decides_the_run(tiny, tmp_path, odd_is_right):
+    """Two runs of one seed have the same metrics to the last digit; another seed has others."""
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        empg.main(options(tiny, tmp_path / name, seed=seed))
+    a, b, c = (without_seconds(metrics(tmp_path / name)) for name in "abc")
+    assert a == b != c
+
+
+def test_several_updates_on_one_buffer(tiny, tmp_path, odd_is_right, monkeypatch):
+    """--minibatches and --epochs multiply the updates, cover the batch, and let the effective sample size fall below 1."""
+    calls, original = [], empg.update
+    monkeypatch.setattr(empg, "update", lambda *args: calls.append(args) or original(*args))
+    empg.main(options(tiny, tmp_path, steps=1, minibatches=2, epochs=3, lr=0.03, warmup_steps=0))
+    assert len(calls) == 6
+    assert [sorted({t.place for t in args[2]}) for args in calls] == [[0, 2], [1, 3]] * 3
+    assert [args[3] for args in calls] == [8] * 6
+    assert [args[5] is None for args in calls] == [True] + [False] * 5
+    assert metrics(tmp_path)[1]["ess"] < 0.999
+
+
+def test_the_reference_model_is_there_only_with_beta(tiny, tmp_path, odd_is_right, monkeypatch):
+    """With --beta 0 one copy of the policy is made for training, θ*; with it, a second one, which a KL is measured from."""
+    copies, original = [], empg.frozen_copy
+    monkeypatch.setattr(empg, "frozen_copy", lambda *args: copies.append(1) or original(*args))
+    empg.main(options(tiny, tmp_path / "0"))
+    without = len(copies)
+    empg.main(options(tiny, tmp_path / "1", beta=0.1, lr=0.01, steps=3))
+    assert len(copies) - without == without + 1
+    kl = [row["kl"] for row in metrics(tmp_path / "1") if "kl" in row]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-4
+
+
+def test_a_batch_without_signal_is_reported_and_skipped(tiny, tmp_path, monkeypatch, capsys):
+    """If every reward is the same, nothing is updated and the line and the metrics say so."""
+    task = dataclasses.replace(empg.TASKS["sums"], reward=lambda response, answer: 1.0)
+    monkeypatch.setitem(empg.TASKS, "sums", task)
+    empg.main(options(tiny, tmp_path))
+    rows = [row for row in metrics(tmp_path) if "reward" in row]
+    assert all(row["no_signal"] == 1 and row["loss"] is None and row["grad_norm"] is None for row in rows)
+    assert capsys.readouterr().out.count("no signal") == 2
+    before, after = empg.load_policy(str(tiny), "cpu")[0], empg.load_policy(str(tmp_path / "model"), "cpu")[0]
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+def test_updates_that_are_not_finite_are_skipped_and_stop_the_run(tiny, tmp_path, odd_is_right, capsys, monkeypatch):
+    """A gradient of nan leaves the weights alone and is counted; five in a row end the run with a message, model saved."""
+    original = empg.empg_loss
+    monkeypatch.setattr(empg, "empg_loss", lambda *args: original(*args) * math.nan)
+    with pytest.raises(SystemExit) as stop:
+        empg.main(options(tiny, tmp_path, steps=9))
+    assert stop.value.code == 1 and "five updates in a row" in capsys.readouterr().err
+    assert [row["skipped_updates"] for row in metrics(tmp_path) if "reward" in row] == [1] * 4
+    before, after = empg.load_policy(str(tiny), "cpu")[0], empg.load_policy(str(tmp_path / "model"), "cpu")[0]
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+def test_plain_runs_get_a_new_directory_each(tiny, tmp_path, odd_is_right, monkeypatch):
+    """Without --output the same command can be repeated: nothing is overwritten."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        empg.main(options(tiny, None, steps=1, eval_every=0))
+    assert len(list(tmp_path.glob("runs/sums-*/model/model.safetensors"))) == 2
+
+
+def write_rows(path: Path, **splits) -> Path:
+    path.mkdir()
+    for split, rows in splits.items():
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_held_out_problems_are_taken_out_of_the_training_data(tmp_path):
+    """A question that stands in both splits is not trained on, however few problems the evaluation uses."""
+    row = lambda i: {"question": f"{i}+{i}=", "answer": f"#### {2 * i}"}
+    data = write_rows(tmp_path / "data", train=[row(i) for i in range(8)], test=[row(i) for i in (1, 3, 5, 9)])
+    settings = config(task="gsm8k", data=str(data), max_new_tokens=8, eval_problems=1)
+    problems, held_out = empg.load_problems(settings, empg.TASKS["gsm8k"], empg.character_tokenizer(), 4096)
+    assert [p["question"] for p in problems] == [f"{i}+{i}=" for i in (0, 2, 4, 6, 7)]
+    assert len(held_out) == 1 and all(p["prompt"] for p in problems + held_out)
+
+
+CHILD = """
+import dataclasses, json, os, sys
+sys.path.insert(0, {here!r})
+import torch, empg
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+rank, trajectories = os.environ.get("RANK", "0"), []
+original = empg.sample
+def sample(*args, **kwargs):
+    responses = original(*args, **kwargs)
+    if kwargs["temperature"]:
+        trajectories.append(responses)
+    return responses
+empg.sample = sample
+# signal on few prompts, so that the ranks differ in work and one may have none
+reward = lambda response, answer: float(len(response) % 2) if int(answer) % 3 == 0 else 0.0
+empg.TASKS["sums"] = dataclasses.replace(empg.TASKS["sums"], reward=reward)
+gradients = []
+def hook(optimizer, args, kwargs):
+    gradients.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]))
+register_optimizer_step_pre_hook(hook)
+out = sys.argv[1]
+empg.main(sys.argv[2:])
+torch.save({{"trajectories": trajectories, "gradients": gradients}}, f"{{out}}.{{rank}}.pt")
+"""
+
+
+def test_two_processes_do_what_one_does(tiny, tmp_path):
+    """World sizes 1 and 2 draw the same trajectories and have the same gradients and metrics, with unequal work."""
+    child = tmp_path / "child.py"
+    child.write_text(CHILD.format(here=str(HERE)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        args = options(tiny, tmp_path / name, steps=3, prompts_per_step=4, num_samples=8, beta=0.0)
+        done = subprocess.run(
+            [*command, str(child), str(tmp_path / f"{name}-seen"), *args],
+            check=False,
+            timeout=100,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    one, *two = (torch.load(tmp_path / f) for f in ("one-seen.0.pt", "two-seen.0.pt", "two-seen.1.pt"))
+    assert [a + b for a, b in zip(two[0]["trajectories"], two[1]["trajectories"])] == one["trajectories"]
+    assert len(one["gradients"]) == len(two[0]["gradients"]) == len(two[1]["gradients"]) >= 2
+    for single, left, right in zip(one["gradients"], two[0]["gradients"], two[1]["gradients"]):
+        assert torch.equal(left, right)
+        assert (left - single).norm() <= 1e-5 * single.norm()
+    for a, b in zip(
+        without_seconds(metrics(tmp_path / "one")), without_seconds(metrics(tmp_path / "two")), strict=True
+    ):
+        assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
+            {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
+        )
+
+
+@needs_data
+def test_learns_on_real_text(tmp_path, monkeypatch):
+    """On GSM8K's own questions, through chat template and BPE, a random model learns to stop within 20 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    lines = [json.loads(line) for line in (SHARED / "gsm8k/train.jsonl").read_text().splitlines()]
+    lines = sorted(lines, key=lambda row: len(row["question"]))[:300]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>", "<end>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator((row["question"] for row in lines), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<end>", padding_side="left"
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = make_model(
+        vocab=len(tokenizer), scale=0.02, dtype=torch.float32, hidden_size=32, max_position_embeddings=1024
+    )
+    base.save_pretrained(tmp_path / "base")
+    data = write_rows(tmp_path / "data", train=lines[:280], test=lines[280:])
+
+    lengths = []
+    original = empg.sample
+    monkeypatch.setattr(empg, "sample", lambda *a, **k: lengths.extend(map(len, r := original(*a, **k))) or r)
+    short = dataclasses.replace(
+        empg.TASKS["gsm8k"], reward=lambda response, answer: float(len(tokenizer(response)["input_ids"]) < 20)
+    )
+    monkeypatch.setitem(empg.TASKS, "gsm8k", short)
+    empg.main(options(tmp_path / "base", tmp_path / "run", task="gsm8k", data=data, steps=25, prompts_per_step=8,
+                      num_samples=16, max_new_tokens=24, lr=1e-2, eval_every=25, eval_problems=16))  # fmt: skip
+    rewards = [row["reward"] for row in metrics(tmp_path / "run") if "reward" in row]
+    assert rewards[0] < 0.3 and rewards[-1] > 0.9
+
+
+# -------- Bad input gets one clear line, exit code 2, before any long work --------------------------------------------
+
+
+def refuses(capsys, argv, *words):
+    """`main` exits with 2 after one line on standard error that has all the words, and samples nothing."""
+    with pytest.raises(SystemExit) as stop:
+        empg.main([str(word) for word in argv])
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("empg.py: error:")]
+    assert stop.value.code == 2 and len(lines) == 1 and error.rstrip().endswith(lines[0]) and "Traceback" not in error
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"no_such_option": 1}, ["--no-such-option", "--help"]),
+        ({"steps": "many"}, ["--steps", "many"]),
+        ({"task": "chess"}, ["chess", "sums, gsm8k, math-hard"]),
+        ({"baseline": "mean"}, ["mean", "loo, group, batch, none"]),
+        ({"prompts_per_step": 0}, ["prompts-per-step", "at least 1"]),
+        ({"num_samples": 0}, ["num-samples", "at least 1"]),
+        ({"num_samples": 1}, ["num-samples 1", "loo"]),
+        ({"max_new_tokens": -3}, ["max-new-tokens", "at least 1"]),
+        ({"steps": 0}, ["steps", "at least 1"]),
+        ({"epochs": 0}, ["epochs"]),
+        ({"minibatches": 0}, ["minibatches"]),
+        ({"minibatches": 5}, ["minibatches", "prompts-per-step"]),
+        ({"temperature": 0}, ["temperature", "above 0"]),
+        ({"temperature": "nan"}, ["temperature", "above 0"]),
+        ({"lr": 0}, ["lr", "above 0"]),
+        ({"lr": -1e-4}, ["lr", "above 0"]),
+        ({"top_p": 0}, ["top-p", "above 0"]),
+        ({"top_p": 1.1}, ["top-p", "at most 1"]),
+        ({"beta": -1}, ["beta", "at least 0"]),
+        ({"seed": -1}, ["seed", "at least 0"]),
+        ({"dtype": "float16"}, ["float16", "bfloat16"]),
+        ({"device": "tpu"}, ["tpu"]),
+        ({"prompt_template": "Solve:"}, ["{question}"]),
+        ({"model": "builtin", "task": "gsm8k"}, ["builtin", "gsm8k"]),
+        ({"model": "someone/no-such-model"}, ["someone/no-such-model", "local directory"]),
+        ({"task": "gsm8k", "data": "someone/no-such-data"}, ["someone/no-such-data", "local directory"]),
+        ({"data": "anything"}, ["--data", "sums"]),
+        ({"max_new_tokens": 60}, ["max-new-tokens 60", "context of 64", "at most 56"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_options(tiny, tmp_path, capsys, changes, words):
+    """Each is refused by name, with what would do instead, and writes no results."""
+    refuses(capsys, options(tiny, tmp_path / "out", **changes), *words)
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_prompts_must_divide_among_the_processes(tiny, tmp_path, capsys, monkeypatch):
+    """Three processes cannot share four prompts."""
+    monkeypatch.setattr(empg, "WORLD_SIZE", 3)
+    refuses(capsys, options(tiny, tmp_path / "out"), "prompts-per-step 4", "3")
+
+
+def test_a_directory_with_results_is_not_overwritten(tiny, tmp_path, capsys, odd_is_right):
+    """A second run into the same --output, or into a file, is refused and loses nothing."""
+    empg.main(options(tiny, tmp_path / "out", steps=1))
+    before = (tmp_path / "out/metrics.jsonl").read_text()
+    capsys.readouterr()
+    refuses(capsys, options(tiny, tmp_path / "out", steps=1), "--output", "another run")
+    assert (tmp_path / "out/metrics.jsonl").read_text() == before
+    (tmp_path / "file").write_text("mine")
+    refuses(capsys, options(tiny, tmp_path / "file"), "--output", "file")
+
+
+def test_bad_data_is_refused(tiny, tmp_path, capsys):
+    """Missing columns are named beside those found; a dataset without rows, splits or new problems is refused."""
+    row = {"question": "1+1=", "answer": "#### 2"}
+    for name, splits, words in (
+        ("columns", {"train": [{"q": "1", "a": "2"}], "test": [{"q": "1", "a": "2"}]}, ["question", "'q', 'a'"]),
+        ("rows", {"train": [row], "test": []}, ["test"]),
+        ("split", {"train": [row]}, ["test"]),
+        ("leak", {"train": [row], "test": [row]}, ["held-out"]),
+    ):
+        data = write_rows(tmp_path / name, **splits)
+        refuses(capsys, options(tiny, tmp_path / "out", task="gsm8k", data=data), "--data", *words)
+
+
+def test_bad_models_are_refused(tiny, tmp_path, capsys):
+    """A directory without a model, a tokenizer without EOS, or one with more tokens than the model, is refused."""
+    (tmp_path / "empty").mkdir()
+    refuses(capsys, options(tmp_path / "empty", tmp_path / "out"), "--model", "empty")
+    make_model(dtype=torch.float32).save_pretrained(tmp_path / "endless")
+    tokenizer = empg.character_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    refuses(capsys, options(tmp_path / "endless", tmp_path / "out"), "EOS")
+    make_model(dtype=torch.float32, vocab=12).save_pretrained(tmp_path / "small")
+    empg.character_tokenizer().save_pretrained(tmp_path / "small")
+    refuses(capsys, options(tmp_path / "small", tmp_path / "out"), "more tokens")
+
+
+def test_a_plain_command_names_what_it_stands_for(capsys, monkeypatch):
+    """Without --model the recipe for this machine comes first, the user's words win, and the whole command is printed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    laptop = empg.parse_config(["--steps", "7"])
+    assert (laptop.model, laptop.task, laptop.steps, laptop.device) == ("builtin", "sums", 7, "cpu")
+    assert "--model builtin --task sums" in capsys.readouterr().out
+    assert empg.parse_config(["--model", "x"]).task == "gsm8k"
+    assert empg.parse_config(["--task", "gsm8k"]).model == "Qwen/Qwen2.5-1.5B"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    gpu = empg.parse_config([])
+    assert (gpu.model, gpu.task, gpu.device, gpu.dtype) == ("Qwen/Qwen2.5-1.5B", "gsm8k", "cuda", "bfloat16")
+    assert empg.parse_config(["--task", "sums"]).model == "builtin"
