@@ -27,6 +27,7 @@ Paper: Tianbing Xu, "Training Large Language Models to Reason via EM Policy Grad
 
 import copy
 import json
+import logging
 import os
 import platform
 import re
@@ -34,12 +35,13 @@ import shlex
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from decimal import Decimal
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -407,66 +409,134 @@ class Task:
     template: str = "Question: {question}\n{instruction}\nAnswer:"
 
 
+BOX_START = re.compile(r"\\(?:boxed|fbox)\s*(\{|-?\d[^\s$]*)")  # some solutions of MATH have \boxed 5
+
+
 def last_boxed(text: str) -> str | None:
     """What stands in the last \\boxed{...} of the text, braces matched; None without one, or when it is not closed."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for end in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
+    boxes = list(BOX_START.finditer(text))
+    if not boxes or boxes[-1][1] != "{":
+        return boxes[-1][1].rstrip(".,") if boxes else None
+    start, depth = boxes[-1].end(), 1
+    for end in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : end].strip()
+            return text[start:end].strip()
     return None
 
 
 # A minus is a sign only where it is not an operator: in 10-3 and 10 - 3 both numbers are positive.
 NUMBER = re.compile(r"((?<![\w)])-\$?(?=[\d.]))?(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,;:! ])(?=\d{3}(?!\d))")  # as in 10{,}000 and 10\,000
 
 
 def numbers(text: str) -> list[Decimal]:
-    """The numbers in a text, in order: 1,800 and 10{,}000 are one number each, $18.00 is 18, and 17,18 are two."""
-    text = text.replace("{,}", ",").replace(",\\!", ",").replace("\\$", "$").replace("−", "-")
-    return [Decimal(value.replace(",", "")) * (-1 if sign else 1) for sign, value in NUMBER.findall(text)]
+    """The numbers in a text, in order: 1,800 and 10{,}000 are one number each, $18.00 is 18, and 17,18 are two.
+
+    Neither the exponent of a unit, cm^2, nor the minutes of 7:00 count as numbers.
+    """
+    text = THOUSANDS.sub(",", text.replace("\\$", "$").replace("−", "-"))
+    text = re.sub(r"(?<=[A-Za-z})])\s*\^\s*\{?[23]\}?|(?<=\d):00\b", "", text)
+    return [Decimal("-" * bool(sign) + digits.replace(",", "")) for sign, digits in NUMBER.findall(text)]
+
+
+# A heading such as "#### 2. The profit" announces no answer.
+MARK = re.compile(r"answer is|####(?! *(?:\d+[.)] +)?[a-z])", re.IGNORECASE)
 
 
 def gsm8k_answer(response: str) -> str | None:
     """A response's final number: in its last \\boxed{}, else after its last "####" or "answer is", else its last one.
 
-    A box counts only if it holds a single number, so that listing candidates earns nothing. Of `3 + 15 = 18` the
-    right-hand side counts.
+    Of `3 + 15 = 18` the right-hand side counts. A box without a number, or with several, is the answer as it stands.
     """
     boxed = last_boxed(response)
     if boxed is not None:
-        inside = set(numbers(boxed.rpartition("=")[2]))
-        return str(inside.pop()) if len(inside) == 1 else None
-    marked = re.split(r"####|answer is", response, flags=re.IGNORECASE)
-    if len(marked) > 1:
-        sentence = re.split(r"\.\s|\n", marked[-1].strip())[0]
-        if after := numbers(sentence.rpartition("=")[2]):
-            return str(after[0])
+        sides = re.split(r"=|≈|\\approx", boxed)
+        several = any(re.search(r"[,;](?!\d{3})|\b(?:or|and)\b", side) for side in sides[1:-1])  # x = 3 or x = 4
+        inside = numbers(boxed if several else sides[-1])
+        return str(inside[0]) if len(inside) == 1 else boxed or None
+    for after in reversed(MARK.split(response)[1:]):
+        sentence = re.split(r"\.\s|\n", after.strip())[0]
+        if found := numbers(sentence.rpartition("=")[2]):
+            return str(found[0])
     everywhere = numbers(response)
     return str(everywhere[-1]) if everywhere else None
 
 
 def gsm8k_reward(response: str, answer: str) -> float:
-    """1.0 if the response's final number equals the one after "####" of the answer (or the answer itself)."""
+    """1.0 if the response's final number equals the one after "####" of the answer (or the answer itself).
+
+    What holds several numbers is a formula, 36/2, which has to equal it, or a list of candidates, which earns nothing.
+    """
     given, gold = gsm8k_answer(response), numbers(answer.rpartition("####")[2])
-    return float(given is not None and bool(gold) and Decimal(given) == gold[-1])
+    if given is None or not gold:
+        return 0.0
+    found = numbers(given)
+    return float(found == gold[-1:] or (len(found) > 1 and same_math(given, str(gold[-1]))))
+
+
+WORDS = r"\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}"
+UNIT = r"(?:\s*" + WORDS + r"|(?<=\d) +(?!(?:or|and|pi)\b)[A-Za-z]{2,}[A-Za-z ]*)(?:\^\{?\d\}?)?"
+# What people read otherwise than math_verify does: (pattern, replacement)
+SPELLINGS = [
+    (THOUSANDS, ","),
+    (r"~|\\[,;:!]", " "),
+    (r"[−–]", "-"),
+    (r"°", r"^\\circ"),
+    (r"(?<=\d)i\b", " i"),
+    (r"(frac)\s*(\\[a-z]+)", r"\1{\2}"),  # \frac\pi4
+    (r"(\d+)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", lambda m: repeating(*m.groups())),
+    (r"\\begin\{[pb]matrix\}([^&]*?)\\end\{[pb]matrix\}", lambda m: "(" + m[1].replace(r"\\", ",") + ")"),
+    (r"\\(?:text|mbox)\s*\{((?:[^{}]*\d|\W*(?:or|and)\b)[^{}]*)\}", r" \1 "),  # 5 \text{ or 6} is not 5 with a unit
+    (r"(?<=.)(?:" + UNIT + r")+$", ""),
+    (r"^(?:" + WORDS + r"[\s=:]*)+(?=.)", ""),  # \text{Area} = 5
+    (r"^[\s*$]+|[\s*$.,;\\]+$", ""),
+    (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2"),
+]
+# Towers of powers, factorials of factorials and other numbers that sympy could work on for ever
+HUGE = re.compile(
+    r"\^\s*(?:\d{5}|\w\s*\^|\{[^}]*(?:\d{5}|[\^!]))|(?:\d{5}|[)}!])\s*!|binom\s*\{[^}]*(?:\d{5}|[\^!])"
+    r"|\\(?:choose|sum|prod|int|lim|gcd)(?![a-z])|[({]{9}"
+)
+
+
+def repeating(whole: str, fixed: str, period: str) -> str:
+    """A repeating decimal as a fraction: 0.1\\overline{6} is (16 − 1)/90."""
+    top, bottom = int(whole + fixed + period) - int(whole + fixed), "9" * len(period) + "0" * len(fixed)
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+@lru_cache(maxsize=4096)
+def same_math(given: str, gold: str) -> bool:
+    """Whether two formulas in LaTeX are mathematically equal. A list of candidates equals no single answer."""
+    import math_verify
+
+    if max(len(given), len(gold)) > 300:  # no answer is that long, and reading it can take seconds
+        return False
+    try:
+        for pattern, replacement in SPELLINGS:
+            given, gold = re.sub(pattern, replacement, given), re.sub(pattern, replacement, gold)
+        if given.replace(" ", "") == gold.replace(" ", ""):
+            return given != ""
+        if HUGE.search(given):
+            return False
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at every time-out
+        limit = 2 if threading.current_thread() is threading.main_thread() else None  # seconds; it needs a signal
+        # By itself, parse would look for any fraction in a box that it cannot read.
+        how = {"extraction_config": [math_verify.LatexExtractionConfig()], "extraction_mode": "first_match"}
+        trees = [math_verify.parse(f"\\boxed{{{text}}}", **how, parsing_timeout=limit) for text in (gold, given)]
+        if math_verify.verify(*trees, allow_set_relation_comp=True, timeout_seconds=limit):
+            return True
+    except Exception:  # noqa: BLE001 - a model can write anything, and what cannot be read is not a right answer
+        return False
+    # 28 and 0.28 both stand for 28%, which verify accepts for whole numbers only.
+    return "%" in given + gold and same_math(*(re.sub(r"\\?%", "", text) for text in (given, gold)))
 
 
 def math_reward(response: str, answer: str) -> float:
     """1.0 if the last \\boxed{} of the response is mathematically equal to that of the solution (or the answer itself)."""
-    import math_verify
-
     given, gold = last_boxed(response), last_boxed(answer) or answer
-    if given is None or len(given) > 1000:  # nothing that long equals an answer, but parsing it takes minutes
-        return 0.0
-    if given == gold:
-        return 1.0
-    try:
-        parsed = [math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=2) for text in (gold, given)]
-        return float(math_verify.verify(*parsed, timeout_seconds=2))
-    except Exception:  # noqa: BLE001 - a model can write anything, and what cannot be read is not a right answer
-        return 0.0
+    return float(given is not None and same_math(given, gold))
 
 
 def sums_answer(response: str) -> str | None:

@@ -5,14 +5,18 @@ tiny real models, and on whole runs of the command. `pytest -q` takes about a mi
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import math_verify
 import numpy as np
 import pytest
 import torch
@@ -555,6 +559,270 @@ def test_responses_stop_at_eos_and_at_the_end_of_a_chat_turn():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="EOS"):
         empg.stop_tokens(tokenizer, model)
+
+
+# -------- Grading: what counts as the same answer ---------------------------------------------------------------------
+
+GSM8K, MATH = empg.TASKS["gsm8k"], empg.TASKS["math-hard"]
+
+
+def rows_of(name: str) -> list[dict]:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"{SHARED / name} is not there")
+    return [json.loads(line) for split in ("train", "test") for line in open(SHARED / name / f"{split}.jsonl")]
+
+
+def cases(table: str, form: str) -> list:
+    """Lines `gold :: right | right :: wrong | wrong` → (response, answer, expected), the responses put into `form`."""
+    found = []
+    for line in table.strip().splitlines():
+        gold, right, wrong = (part.strip() for part in line.split("::"))
+        found += [pytest.param(form % text.strip(), gold, 1.0) for text in right.split(" | ") if text.strip()]
+        found += [pytest.param(form % text.strip(), gold, 0.0) for text in wrong.split(" | ") if text.strip()]
+    return found
+
+
+GSM8K_BOXES = r"""
+18 :: 18 | \$18 | $18 | €18 | 18¢ | 18.00 | 18. | 18\% | {18} | \boxed{18} | \text{18} | \mathbf{18} | \approx 18 :: 180 | 1.8
+18 :: 18 \text{ dollars} | 18\text{ km/h} | \text{Total: } 18 | \text{John has } 18 \text{ apples} | -0 + 18 = 18 :: -18
+18 :: 18 \, \text{cm}^2 | 18 \text{ cm}^{2} | 18\,\mathrm{m}^2 | 18 cm^3 | \text{Janet makes \$18 per day} :: 18 : 2 | x
+18 :: x = 18 | 3 + 15 = 18 | 3 \times 6 | \frac{36}{2} | 36/2 | 18.3 \approx 18 :: 18 \approx 18.3 | \text{Day } 5: 18
+18 :: 2 \times 3^{2} :: 17, 18, 19 | 17, 18 | \{17, 18\} | 18 \text{ or } 19 | x = 3 \text{ or } x = 18 | A = 5, B = 18 | x=5, 18
+1800 :: 1,800 | 2 \times 900 = 1,800 = \$1,800 | 1{,}800 | 1\,800 | 1,\!800 | \$1,800.00 | 1.8 \times 10^3 :: 1 | 800 | 1, 800 | 18,00
+5 :: 5:00 \text{ PM} | 5:00 :: 5 \text{ hours and } 30 \text{ minutes} | 5:30 | 5 \text{ to } 6 | 5-6 | 5 \text{ days } 3 \text{ hours}
+0.5 :: \frac{1}{2} | 1/2 | .5 | 0.50 | \dfrac{1}{2} :: 5 | 2 | 1
+2.5 :: 2\frac{1}{2} | \frac{5}{2} | \$2.50 :: 2, 5 | \frac{2}{5}
+-5 :: -5 | −5 | -\$5 :: 5
+23 :: 23 :: 2, 3 | 2 \text{ and } 3
+0 :: 0 | \$0.00 :: \text{none} |
+"""
+
+GSM8K_TEXTS = [
+    ("**$18**", "18", 1.0),
+    ("The answer is: 18.", "18", 1.0),
+    ("the answer is **18**", "18", 1.0),
+    ("The answer is:\n\n18", "18", 1.0),
+    ("Therefore, Janet makes \\$18 per day at the farmers' market.", "18", 1.0),
+    ("The answer is 18. Let me double check: 3*6=18 and 2+2=4", "18", 1.0),
+    ("The answer is 3 + 15 = 18 dollars.", "18", 1.0),
+    ("The final answer is $18.50.", "18.5", 1.0),
+    ("The answer is 5. Wait. The answer is 18.", "18", 1.0),
+    ("The answer is 18. Wait. The answer is 5.", "18", 0.0),
+    ("The answer is incorrect, it should be 18", "18", 1.0),
+    ("The answer is 18. I hope that this answer is correct.", "18", 1.0),
+    ("The answer is 5 dollars per day for 3 days", "5", 1.0),
+    ("The answer is 5 dollars per day for 3 days", "3", 0.0),
+    ("#### 72", "72", 1.0),
+    ("####72", "72", 1.0),
+    ("#### $1,200.00", "1,200", 1.0),
+    ("#### 5 and then 7 8", "5", 1.0),
+    ("#### 5\nQuestion: what is 7?", "5", 1.0),
+    ("#### Step 2: Profit\n20 - 2 = 18, so she makes $18.", "18", 1.0),
+    ("#### 2. Profit\nShe makes $18.", "18", 1.0),
+    ("#### Answer: 18", "18", 1.0),
+    ("10 - 3", "3", 1.0),
+    ("10-3", "3", 1.0),
+    ("It is 5.", "5", 1.0),
+    (r"\boxed{5}. No: \boxed{18}", "18", 1.0),
+    (r"\boxed{18}. No: \boxed{5}", "18", 0.0),
+    (r"\boxed{18}. I hope it is correct. 7", "18", 1.0),
+    (r"\fbox{18}", "18", 1.0),
+    (r"$\boxed 18$.", "18", 1.0),
+    (r"18 \boxed{}", "18", 0.0),
+    ("", "18", 0.0),
+    ("no idea", "18", 0.0),
+]
+
+
+@pytest.mark.parametrize("response, answer, expected", cases(GSM8K_BOXES, r"3 - 1 = 2, so it is $\boxed{%s}$."))
+def test_gsm8k_boxes(response, answer, expected):
+    """A GSM8K box is right if it holds the gold number in any form, and wrong if it lists candidates."""
+    assert GSM8K.reward(response, answer) == expected
+    assert GSM8K.reward(response, f"2 + 2 = <<2+2=4>>4\n#### {answer}") == expected
+
+
+@pytest.mark.parametrize("response, answer, expected", GSM8K_TEXTS)
+def test_gsm8k_texts(response, answer, expected):
+    """Without a box, the number after the last "####" or "answer is" counts, or else the last number."""
+    assert GSM8K.reward(response, answer) == expected
+
+
+GSM8K_FORMS = [
+    r"\boxed{%s}",
+    r"\boxed{\$%s.00}",
+    r"\boxed{%s \text{ cm}^2}",
+    r"\boxed{x = 1 + 2 = %s\%%}",
+    "#### %s",
+    "So: %s.",
+]
+
+
+def test_gsm8k_gold_answers():
+    """Every gold answer of GSM8K scores 1 in any usual form, and 0 against the next problem's, unless those are equal."""
+    problems = rows_of("gsm8k")
+    golds = [row["answer"].rpartition("####")[2].strip() for row in problems]
+    for row, gold, other in zip(problems, golds, golds[1:] + golds[:1]):
+        for text in (gold, gold.replace(",", ""), gold.replace(",", "{,}")):
+            for form in GSM8K_FORMS:
+                assert GSM8K.reward(form % text, row["answer"]) == 1, form % text
+        assert GSM8K.reward(row["answer"], gold) == 1
+        same = int(gold.replace(",", "")) == int(other.replace(",", ""))
+        assert GSM8K.reward(rf"\boxed{{{other}}}", row["answer"]) == same, (gold, other)
+
+
+MATH_BOXES = r"""
+5 :: 5 | 5.0 | 5. | +5 | 05 | $5$ | {5} | (5) | \{5\} | **5** | \text{5} | \mathbf{5} | \boxed{5} | \displaystyle 5 | 5 \, :: 6 | -5 | x
+5 :: x = 5 | f(2) = 5 | 3+2 = 5 | x = 3+2 = 5 | \text{Area} = 5 | |AB| = 5 | \text{The answer is }5 :: x \ge 5 | x = 6 | x+5 | 5x
+5 :: 5 \text{ cm}^2 | 5\,\mathrm{cm}^{2} | 5~\text{cm} | 5 \mathrm{~cm} | 5\text{ miles}\text{ per hour} | 5 nights | 5^\circ :: 5!
+5 :: 5\% | \$5 | 5\$ | \text{5 dollars} | 5 \text{ (five)} | \sqrt{25} | \frac{10}{2} :: \text{Room 5} | 5\text{ hours and }30\text{ minutes}
+3 :: :: 3, 4 | 3 \text{ or } 4 | 3 or 4 | \{3, 4\} | (3, 4) | [3, 4] | 3 \quad 4 | 3; 4 | \pm 3 | 3 \text{ and } 4 \text{ cm} | 3 \text{ or 4}
+3 :: :: x = 3, x = 4 | x = 3 \text{ or } 4 | 4 \text{ or } 3 | 3 \text{ if } x > 0, 4 \text{ otherwise} | 3:4 | 3/4 | 3i | \foo{4} 3
+\frac{1}{3} :: \frac13 | 1/3 | 0.\overline{3} | 0.\bar{3} | \dfrac{2}{6} :: 0.3 | 0.33 | 3 | \foo \frac{1}{3}
+0.1\overline{6} :: \frac{1}{6} | 0.1\overline{6} | 0.1\overline{66} :: 0.1 | 0.16 | 0.\overline{16} | -0.1\overline{6}
+-\frac{3}{4} :: -0.75 | \frac{-3}{4} | \frac{3}{-4} | −\frac{3}{4} | - \tfrac34 | -\cfrac{3}{4} :: \frac{3}{4} | -\frac{4}{3} | -0.7
+2\frac{1}{2} :: \frac{5}{2} | 2.5 | 2 \frac12 :: 1 | 2, \frac12
+\frac \pi4 + 2 - \sqrt2 :: \frac{\pi}{4} + 2 - \sqrt{2} | 2-\sqrt2+\frac{1}{4}\pi :: \frac{\pi}{4} + 2 + \sqrt{2}
+50,\!625 :: 50625 | 50,625 | 50{,}625 | 50\,625 | \$50,625.00 :: 50 | 625 | 50, 62
+22^\circ :: 22 | 22^{\circ} | 22° | 22 \text{ degrees} | \angle A = 22^\circ :: 23^\circ
+28\% :: 28 | 28% | 0.28 | 28 \text{ percent} :: 29\% | 2.8
+87.5 :: 87.5\% | 87.50 | \frac{175}{2} :: 87 | 875
+12.5\% :: 12.5 | 12.5\% | \frac{1}{8} :: 12 | 125
+1112112_3 :: 1112112 | 1112112_{3} | 1112112_{(3)} :: 1112111_3
+\text{Tuesday} :: Tuesday | \text{tuesday} | \textbf{Tuesday} | \mathrm{Tuesday} :: \text{Monday} | 2
+\text{(A)} :: A | (A) | \text{A} | \textbf{(A)} :: B | \text{(B)} | A, B
+\text{June 20} :: \text{June 20} | June 20 :: 20 | \text{June 21}
+7:30 :: 7:30 | 7:30 \text{ p.m.} | \text{7:30 PM} :: 8:30 | 7:3 | 7
+0,1 :: 1,0 | \{0,1\} | 0 \text{ and } 1 | x = 0 \text{ or } x = 1 | 0, 1. :: 0 | 0,2 | 0,1,2
+x=1, x=2 :: 2, 1 | x = 2, x = 1 | x = 1, 2 :: 1 | x = 1 | 1, 3
+1,-1,-3i :: -3i, 1, -1 | 1, -3i, -1 | \pm 1, -3i :: 1, -1, 3i | 1, -1
+\frac{3 \pm \sqrt{5}}{2} :: \frac{3+\sqrt5}{2}, \frac{3-\sqrt5}{2} | x = \frac{3\pm\sqrt5}{2} :: \frac{3+\sqrt5}{2} | 3 \pm \sqrt5
+-\frac{1}{3} + \frac{2}{3}i :: \frac{-1+2i}{3} | -\frac{1}{3}+\frac{2i}{3} :: -\frac{1}{3}-\frac{2}{3}i
+(6,31,-1) :: (6, 31, -1) | \left(6,31,-1\right) | (a,b,c) = (6,31,-1) | \begin{pmatrix}6\\31\\-1\end{pmatrix} :: (31,6,-1) | 6
+(2,12) :: (2, 12) | x = 2, y = 12 | (x,y) = (2,12) :: (12,2) | [2,12] | 2
+(1,2),(3,4) :: (3,4), (1,2) | (1,2) \text{ and } (3,4) :: (1,2) | (2,1),(3,4)
+[-2,7] :: x \in [-2,7] | -2 \le x \le 7 | \left[-2, 7\right] :: (-2,7) | [-2,7) | [7,-2]
+(2,\infty) :: x > 2 | (2, +\infty) | x \in (2,\infty) :: x \ge 2 | x < 2 | [2,\infty) | 2
+(-\infty,0)\cup (0,\infty) :: x \neq 0 | \mathbb{R} \setminus \{0\} | (0,\infty) \cup (-\infty,0) :: (-\infty,\infty) | (0,\infty)
+\begin{pmatrix} -4\\-3 \end{pmatrix} :: \begin{bmatrix} -4 \\ -3 \end{bmatrix} | (-4,-3) :: \begin{pmatrix} -3\\-4 \end{pmatrix}
+\begin{bmatrix} 1&2\\3&4 \end{bmatrix} :: \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} :: \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
+\frac{x^2}{16} - \frac{y^2}{9} = 1 :: \dfrac{x^2}{16}-\dfrac{y^2}{9}=1 | 9x^2 - 16y^2 = 144 :: \frac{x^2}{9}-\frac{y^2}{16}=1 | 1
+y=2x+3 :: 2x+3 | y = 3 + 2x | y-2x=3 :: 2x-3 | y=2x
+4(3-x)(3+x) :: 36-4x^2 | -4(x-3)(x+3) | f(x) = 36 - 4x^2 :: 36+4x^2
+\pi-2 :: -2+\pi | \pi - 2 :: 1.14 | \pi+2
+10\sqrt3 :: 10\sqrt{3} | \sqrt{300} | \frac{30}{\sqrt{3}} :: 17.3 | 10 | 3
+1024 :: 2^{10} | 4^5 :: 2^{11}
+5040 :: 7! :: 6!
+"""
+
+
+@pytest.mark.parametrize(
+    "response, answer, expected", cases(MATH_BOXES, r"Let $x = \boxed{77}$. So it is $\boxed{%s}$.")
+)
+def test_math_boxes(response, answer, expected):
+    """A MATH box is right if it equals the gold answer mathematically, and wrong if it lists candidates."""
+    assert MATH.reward(response, answer) == expected
+    assert MATH.reward(response, rf"We find $\boxed{{{answer}}}$.") == expected
+
+
+@pytest.mark.parametrize("solution", [r"so $\boxed 5$.", r"so \fbox{5}", r"\boxed{4} no \boxed{5}", "5"])
+def test_math_gold_forms(solution):
+    """The gold answer is found in a box without braces, in an \\fbox, in the last of several boxes, and bare."""
+    assert MATH.reward(r"\boxed{5}", solution) == 1
+    assert MATH.reward(r"\boxed{4}", solution) == 0
+
+
+@pytest.mark.parametrize("response", ["", "5", "The answer is 5.", r"\boxed{}", r"\boxed{5", r"\boxed", r"\boxed{ }"])
+def test_math_needs_a_box(response):
+    """Without an answer in a closed box, a MATH response scores 0."""
+    assert MATH.reward(response, "5") == 0
+
+
+MATH_FORMS = [r"\boxed{%s\text{ units}.}", r"\boxed{\text{Answer: } %s \, }"]
+
+
+def test_math_gold_answers():
+    """Every gold answer of MATH scores 1 in any usual form, and 0 against the next problem's or in a list."""
+    problems = rows_of("math_hard")
+    golds = [empg.last_boxed(row["solution"]) for row in problems]
+    for row, gold, other in zip(problems, golds, golds[1:] + golds[:1]):
+        variants = [form % gold for form in MATH_FORMS] + [rf"\boxed{{{gold}}}", row["solution"]]
+        variants.append(rf"\boxed{{{gold.replace('frac', 'dfrac').replace('ddfrac', 'tfrac').replace('-', ' - ')}}}")
+        for response in variants:
+            assert MATH.reward(response, row["solution"]) == 1, response
+        assert MATH.reward(rf"\boxed{{{other}}}", row["solution"]) == (gold == other), (gold, other)
+        assert MATH.reward(rf"\boxed{{{gold} \text{{ or }} 77}}", row["solution"]) == 0, gold
+
+
+HUGE = re.findall(
+    r"\S+",
+    r"""
+9^{9^{9}} 10^{10^{10}} 9^9^9 2^{1000000000} 3^{50000000}x 2^{2^{2^{2^{2^{2}}}}} 10^{-10^{10}} \log_{2}{3^{9^{9}}}
+1000000! 9!!!! (((9!)!)!)! 10^{9}! \binom{10^8}{10^7} \binom{100000000}{5} {10^9\choose10^8} \gcd(10^{99999},3)
+\sum_{k=1}^{10^9}k^{99} \prod_{k=1}^{1000000}k \int_0^1e^{-x^x}dx \left(1+\frac{1}{10^{9}}\right)^{1000000000}
+""",
+)
+HUGE += ["(" * 100 + "1" + ")" * 100, "9" * 301, "{" * 300 + "1" + "}" * 300, r"\frac{1}{" * 100 + "1" + "}" * 100]
+STRANGE = re.findall(
+    r"\S+", r"\ \\ ² ½ { } }{ $ % ^ _ & = - ! 1/0 1e999999999 \frac \frac{ \frac{}{} \sqrt \left( \text{ \pm \infty"
+)
+STRANGE += ["\0", "\ud800", "٣", " ", "-" * 299, "^" * 299, "0." + "1" * 290, "0.\\overline{" + "9" * 250 + "}"]
+STRANGE += ["5 " + "ab " * 95 + "1", r"5 \text{a}^2" * 20 + "1", r"\begin{pmatrix}" * 15, r"\text{" * 40 + "}" * 40]
+STRANGE += [text * (100_000 // len(text)) for text in (r"\frac{", r"\boxed{", "\\", "1,", "=,", "9", " 1")]
+STRANGE += ["{" * 50_000 + "}" * 50_000]
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math-hard"])
+def test_grading_never_raises(name):
+    """Whatever the text, as response, box or answer, grading and extraction return; and nothing odd is right."""
+    task = empg.TASKS[name]
+    for text in HUGE + STRANGE:
+        for form in ("%s", r"\boxed{%s}", r"\boxed{%s", "#### %s", "the answer is %s"):
+            response = form.replace("%s", text)
+            assert task.reward(response, "18") == 0
+            assert isinstance(task.extract(response), str | None)
+    for text in STRANGE:
+        assert task.reward(r"\boxed{18}", text) == 0
+
+
+def test_grading_works_in_a_thread():
+    """Off the main thread, where no signal can end a comparison, the rewards are the same."""
+    empg.same_math.cache_clear()
+    responses, rewards = [r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{2}"] + [rf"\boxed{{{h}}}" for h in HUGE], []
+    thread = threading.Thread(target=lambda: rewards.extend(MATH.reward(text, "0.5") for text in responses))
+    thread.start()
+    thread.join()
+    assert rewards == [1, 1] + [0] * (1 + len(HUGE))
+
+
+def test_huge_numbers_are_not_computed(monkeypatch):
+    """A batch of answers that would take for ever is refused unread: each alone could cost the whole time limit."""
+    read = []
+    monkeypatch.setattr(math_verify, "parse", lambda text, *_, **__: read.append(text) or [])
+    empg.same_math.cache_clear()
+    for i in range(20):
+        for text in HUGE:
+            assert MATH.reward(rf"\boxed{{{text} + {i}}}", "18") == 0
+    assert read == []
+    assert MATH.reward(r"\boxed{9^{9^{9}}}", r"\boxed{9^{9^9}}") == 0  # known: only the same spelling is right
+    assert MATH.reward(r"\boxed{9^{9^{9}}}", r"\boxed{9^{ 9^{9} }}") == 1
+    empg.same_math.cache_clear()
+
+
+def test_time_limit_is_silent(caplog):
+    """An answer that takes too long to compare scores 0 without a word in the log; other loggers are left as they are."""
+    others = {name: logging.getLogger(name).level for name in ("", "sympy", "torch", "transformers")}
+    assert MATH.reward(r"\boxed{(x+1)^{1000}}", "x+1") == 0
+    assert caplog.records == []
+    assert others == {name: logging.getLogger(name).level for name in others}
+
+
+def test_repeated_answers_are_compared_once(monkeypatch):
+    """The samples of a prompt often agree: the same answer to the same problem is compared once."""
+    empg.same_math.cache_clear()
+    calls, verify = [], math_verify.verify
+    monkeypatch.setattr(math_verify, "verify", lambda *args, **options: calls.append(args) or verify(*args, **options))
+    assert [MATH.reward(rf"{i} \boxed{{0.5}}", r"\frac{1}{2}") for i in range(8)] == [1] * 8
+    assert len(calls) == 1
 
 
 # -------- Whole runs --------------------------------------------------------------------------------------------------
