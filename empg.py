@@ -56,10 +56,6 @@ from transformers.hf_argparser import HfArg
 
 # -------- Options -----------------------------------------------------------------------------------------------------
 
-# This process among those that torchrun started, or the only one
-RANK, LOCAL_RANK = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-
 # What a run without --model stands for: these words go before the user's own, which therefore win.
 LAPTOP = (
     "--model builtin --task sums --steps 60 --prompts-per-step 32 --num-samples 16 --max-new-tokens 40 --lr 1e-4"
@@ -272,10 +268,9 @@ def sample(
     if temperature > 0:
         if seeds is None or len(seeds) != len(prompts):
             raise ValueError("sample needs one seed per prompt when the temperature is above 0")
-        draws = [
-            np.random.default_rng([s, g]).random(max_new_tokens, np.float32) for s in seeds for g in range(num_samples)
-        ]
-        uniforms = torch.from_numpy(np.stack(draws)).to(model.device)
+        generators = (np.random.default_rng([seed, g]) for seed in seeds for g in range(num_samples))
+        uniforms = torch.from_numpy(np.stack([rng.random(max_new_tokens, np.float32) for rng in generators]))
+        uniforms = uniforms.to(model.device)
     eos = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id), device=model.device)
 
     # Left padding puts every prompt's last token in the last column; positions count real tokens only.
@@ -283,15 +278,12 @@ def sample(
     ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    padded = bool(
-        (mask == 0).any()
-    )  # without padding no mask is passed, which leaves the faster attention kernels open
+    padded = min(map(len, prompts)) < width  # without padding no mask is passed: some attention kernels take none
 
     # Each prompt is read once; its samples start from copies of its cache.
     cache = DynamicCache(config=model.config)
-    output = model(
-        ids, attention_mask=mask if padded else None, position_ids=positions, past_key_values=cache, logits_to_keep=1
-    )
+    attended = mask if padded else None
+    output = model(ids, attention_mask=attended, position_ids=positions, past_key_values=cache, logits_to_keep=1)
     logits = output.logits[:, -1].repeat_interleave(num_samples, 0)
     cache.batch_repeat_interleave(num_samples)
     mask = torch.nn.functional.pad(mask, (0, max_new_tokens), value=1).repeat_interleave(num_samples, 0)
@@ -299,15 +291,18 @@ def sample(
 
     rows = torch.arange(len(logits), device=model.device)  # the trajectory that each row of the batch belongs to
     responses = torch.full((len(rows), max_new_tokens), int(eos[0]), device=model.device)
+    done = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
     for t in progress(range(max_new_tokens), "sampling", delay=2):
         tokens = draw_tokens(logits, None if uniforms is None else uniforms[rows, t], temperature, top_p)
         responses[rows, t] = tokens
-        alive = (~torch.isin(tokens, eos)).nonzero().squeeze(-1)
+        done |= torch.isin(tokens, eos)
+        alive = (~done).nonzero().squeeze(-1)
         if len(alive) == 0 or t == max_new_tokens - 1:
             break
-        # Rows that are done leave the batch. What one that is still in it adds behind its EOS is cut off below.
+        # Rows that are done leave the batch, once they are enough to pay for copying the cache. What one that is still
+        # in the batch adds behind its EOS is cut off below.
         if len(alive) < 0.8 * len(rows):
-            rows, tokens, mask, position = rows[alive], tokens[alive], mask[alive], position[alive]
+            rows, tokens, mask, position, done = (x[alive] for x in (rows, tokens, mask, position, done))
             cache.batch_select_indices(alive)
         position = position + 1
         attended = mask[:, : width + t + 1] if padded else None
@@ -720,6 +715,11 @@ def load_policy(name: str, device: str):
 
 
 # -------- Many devices: every process samples its share of the prompts; rewards and gradients are those of the whole batch ---
+
+
+# This process among those that torchrun started, or the only one
+RANK, LOCAL_RANK = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def gather(values: list) -> list:

@@ -355,7 +355,7 @@ def test_sampled_frequencies_match_the_probabilities(temperature):
 
 
 def test_a_response_ends_with_its_only_eos():
-    """EOS, or any of several, stops a row and stays in it; other rows go on to the limit."""
+    """EOS, or any of several, stops a row and stays in it; other rows go on to the limit, and no step is in vain."""
     responses = empg.sample(
         make_model(scale=0.2), PROMPTS, 50, 15, seeds=[0, 1, 2, 3], eos_token_id=[1, 5], pad_token_id=0
     )
@@ -363,6 +363,10 @@ def test_a_response_ends_with_its_only_eos():
     ends = [r[-1] in (1, 5) for r in responses]
     assert all(end or len(r) == 15 for r, end in zip(responses, ends))
     assert 0 < sum(ends) < len(ends) and {r[-1] for r, end in zip(responses, ends) if end} == {1, 5}
+    model, steps = make_model(scale=0.3), []
+    model.register_forward_hook(lambda *_: steps.append(1))
+    responses = empg.sample(model, PROMPTS[:1], 12, 60, seeds=[5], **LIMITS)
+    assert len(steps) == max(map(len, responses)) < 60
 
 
 def test_top_p_keeps_the_smallest_nucleus():
@@ -898,12 +902,15 @@ def without_seconds(rows):
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
-def test_the_seed_decides_the_run(tiny, tmp_path, odd_is_right):
-    """Two runs of one seed have the same metrics to the last digit; another seed has others."""
+def test_the_seed_decides_the_run(tiny, tmp_path, odd_is_right, monkeypatch):
+    """Two runs of one seed have the same metrics to the last digit; another seed, iteration or prompt draws anew."""
+    used, sample = [], empg.sample
+    monkeypatch.setattr(empg, "sample", lambda *args, **how: used.extend(how.get("seeds", [])) or sample(*args, **how))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         empg.main(options(tiny, tmp_path / name, seed=seed))
     a, b, c = (without_seconds(metrics(tmp_path / name)) for name in "abc")
     assert a == b != c
+    assert used[:8] == used[8:16] and len(set(used)) == len(used[8:]) == 16
 
 
 def test_several_updates_on_one_buffer(tiny, tmp_path, odd_is_right, monkeypatch):
@@ -916,6 +923,21 @@ def test_several_updates_on_one_buffer(tiny, tmp_path, odd_is_right, monkeypatch
     assert [args[3] for args in calls] == [8] * 6
     assert [args[5] is None for args in calls] == [True] + [False] * 5
     assert metrics(tmp_path)[1]["ess"] < 0.999
+
+
+def test_sampling_is_from_the_policy_as_it_is(tiny, tmp_path, odd_is_right, monkeypatch):
+    """θ* ← θ at every iteration: whenever trajectories are drawn, the frozen copy has the trained policy's weights."""
+    loaded, distances = [], []
+    load, sample = empg.load_policy, empg.sample
+    monkeypatch.setattr(empg, "load_policy", lambda *args: loaded.append(load(*args)) or loaded[-1])
+
+    def spy(model, *args, **kwargs):
+        distances.append(max((a - b).abs().max().item() for a, b in zip(model.parameters(), loaded[0][0].parameters())))
+        return sample(model, *args, **kwargs)
+
+    monkeypatch.setattr(empg, "sample", spy)
+    empg.main(options(tiny, tmp_path, steps=3))
+    assert len(distances) > 3 and max(distances) == 0
 
 
 def test_the_reference_model_is_there_only_with_beta(tiny, tmp_path, odd_is_right, monkeypatch):
