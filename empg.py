@@ -7,7 +7,7 @@ bound: the E-step samples from a frozen copy θ* of the policy (the best q is �
 the sampled trajectories in proportion to their rewards. There are no importance weights, no clipping, no value network.
 
     Algorithm 1                                                     here
-     1  θ ← base model                                              load_policy, build_base
+     1  θ ← base model                                              load_policy (build_base makes one)
      2  for each iteration t:                                       train
      4      θ* ← θ                                                  copy_weights
      6      for each prompt of the batch:                           draw_batch
@@ -51,7 +51,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 # -------- Options -----------------------------------------------------------------------------------------------------
@@ -602,12 +602,7 @@ def stop_tokens(tokenizer, model: torch.nn.Module) -> list[int]:
     """Ids of the tokens that end a response: EOS, those of the model's generation config, and the end of a chat turn.
 
     A base model under a chat template often ends its turn with the template's own token, not with its EOS.
-
-    Raises:
-        ValueError: the tokenizer has no EOS.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("--model: its tokenizer has no EOS token, so no response could end; set eos_token and save it")
     stops = {tokenizer.eos_token_id}
     configured = model.generation_config.eos_token_id
     stops.update([configured] if isinstance(configured, int) else configured or [])
@@ -686,32 +681,43 @@ def build_base(path: Path, device: str) -> None:
         shutil.rmtree(unfinished)
 
 
-def load_policy(name: str, device: str):
-    """θ ← base model (line 1 of Algorithm 1), from a hub name or a local directory: (float32 model, tokenizer).
-
-    The weights that are trained stay in float32: at a learning rate of 1e-6 bfloat16 would round most updates away.
+def load_tokenizer(name: str):
+    """The tokenizer of a model and the length of its context, from a hub name or a local directory.
 
     Raises:
-        ValueError: it cannot be had, or its logits are not what `log_probs` takes them for.
+        ValueError: they cannot be had, or the tokenizer has no EOS.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"--model: cannot load {name!r}: it is neither a local directory with a model and its tokenizer, nor a hub name"
             f" that can be reached from here ({first_line(error)})"
         ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError("--model: its tokenizer has no EOS token, so no response could end; set eos_token and save it")
+    return tokenizer, getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def load_policy(name: str, tokenizer, device: str) -> torch.nn.Module:
+    """θ ← base model (line 1 of Algorithm 1), from a hub name or a local directory.
+
+    In float32, whatever it is stored in: at a learning rate of 1e-6 bfloat16 would round most updates away.
+
+    Raises:
+        ValueError: it cannot be had, does not suit the tokenizer, or has logits that are not what `log_probs` assumes.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ValueError(f"--model: cannot load the weights of {name!r} ({first_line(error)})") from error
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ValueError(f"--model: the tokenizer of {name!r} has more tokens ({len(tokenizer)}) than the model")
     with torch.no_grad():
-        ids = torch.arange(2, device=device)[None]
-        expected = model(ids).logits[0, 0].log_softmax(-1)[1]
+        expected = model(torch.tensor([[0, 1]], device=device)).logits[0, 0].log_softmax(-1)[1]
         if not torch.isclose(log_probs(model, [[0]], [[1]])[0][0, 0], expected, atol=1e-3, equal_nan=True):
-            raise ValueError(
-                f"--model: {name!r} changes its logits after the output embeddings, which log_probs leaves out"
-            )
-    return model, tokenizer
+            raise ValueError(f"--model: {name!r} changes its logits after the output embeddings; log_probs does not")
+    return model
 
 
 # -------- Many devices: every process samples its share of the prompts; rewards and gradients are those of the whole batch ---
@@ -952,9 +958,7 @@ def report(output: Path, step: int, rewards, lengths, cut, weights, updates: lis
 def record(output: Path, row: dict) -> None:
     """Append a row to OUTPUT/metrics.jsonl, in which null stands for a number that is missing or not finite."""
     if RANK == 0:
-        row = {
-            key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in row.items()
-        }
+        row = {key: value if value is not None and np.isfinite(value) else None for key, value in row.items()}
         with open(output / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -1008,17 +1012,10 @@ def check(config: Config) -> None:
         if not holds:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {advice}")
 
-    counts = (
-        "steps",
-        "prompts_per_step",
-        "num_samples",
-        "max_new_tokens",
-        "minibatches",
-        "epochs",
-        "micro_batch_tokens",
-    )
-    for name in counts:
+    for name in ("steps", "prompts_per_step", "num_samples", "max_new_tokens", "micro_batch_tokens"):
         require(name, getattr(config, name) >= 1, "must be at least 1")
+    require("epochs", config.epochs >= 1, "must be at least 1")
+    require("minibatches", 1 <= config.minibatches <= config.prompts_per_step, "must be 1 to --prompts-per-step")
     for name in ("eval_every", "eval_problems", "warmup_steps", "seed", "beta"):
         require(name, 0 <= getattr(config, name) < np.inf, "must be at least 0")
     for name in ("temperature", "lr", "max_grad_norm"):
@@ -1028,10 +1025,7 @@ def check(config: Config) -> None:
     require("model", config.model != "builtin" or config.task == "sums", f"cannot do {config.task}; name another model")
     require("baseline", config.baseline in BASELINES, f"choose {', '.join(BASELINES)}")
     require("num_samples", config.num_samples > 1 or config.baseline != "loo", "the baseline loo needs at least 2")
-    require(
-        "prompts_per_step", config.prompts_per_step % WORLD_SIZE == 0, f"must be divisible by {WORLD_SIZE} processes"
-    )
-    require("minibatches", config.minibatches <= config.prompts_per_step, "must be at most --prompts-per-step")
+    require("prompts_per_step", config.prompts_per_step % WORLD_SIZE == 0, f"must divide among {WORLD_SIZE} processes")
     require("prompt_template", "{question}" in (config.prompt_template or "{question}"), "must contain {question}")
     require("dtype", config.dtype in ("bfloat16", "float32"), "choose bfloat16 or float32")
     try:
@@ -1067,9 +1061,7 @@ def load_problems(config: Config, task: Task, tokenizer, context: int) -> tuple[
     questions = {row["question"] for row in held_out}
     problems = [row for row in task.problems(config.data, "train") if row["question"] not in questions]
     if not problems:
-        raise ValueError(
-            "--data: every training problem is a held-out one as well; --eval-every 0 trains without those"
-        )
+        raise ValueError("--data: every training problem is held out, too; --eval-every 0 trains without evaluations")
     chosen = np.random.default_rng(0).permutation(len(held_out))[: config.eval_problems]  # the same for every seed
     held_out = [held_out[i] for i in chosen]
     rows = problems + held_out
@@ -1110,21 +1102,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name == "builtin":
             name = "runs/sums-base"
             in_turn(lambda: Path(name).exists() or build_base(Path(name), config.device))
-        policy, tokenizer = in_turn(lambda: load_policy(name, config.device))
-        stop_tokens(tokenizer, policy)
-        context = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
+        tokenizer, context = in_turn(lambda: load_tokenizer(name))
         problems, held_out = in_turn(lambda: load_problems(config, task, tokenizer, context))
+        policy = in_turn(lambda: load_policy(name, tokenizer, config.device))
     except ValueError as error:
         fail(error)
 
     if RANK == 0:
-        versions = {name: version(name) for name in ("torch", "transformers", "datasets", "numpy", "math-verify")}
-        settings = {
-            **asdict(config),
-            "processes": WORLD_SIZE,
-            "python": platform.python_version(),
-            "versions": versions,
-        }
+        libraries = ("torch", "transformers", "datasets", "numpy", "math-verify")
+        versions = {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+        settings = {**asdict(config), "processes": WORLD_SIZE, "versions": versions}
         (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     say(f"{config.model}: {size:.1f}M parameters on {WORLD_SIZE} × {config.device}, {config.dtype}; {config.task}:")

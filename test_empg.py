@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -560,9 +561,6 @@ def test_responses_stop_at_eos_and_at_the_end_of_a_chat_turn():
     tokenizer.chat_template = CHAT
     model.generation_config.eos_token_id = [1, 7]
     assert empg.stop_tokens(tokenizer, model) == [1, 7, tokenizer.convert_tokens_to_ids("<end>")]
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="EOS"):
-        empg.stop_tokens(tokenizer, model)
 
 
 # -------- Grading: what counts as the same answer ---------------------------------------------------------------------
@@ -852,6 +850,10 @@ def options(model, output, /, **changes) -> list[str]:
     ]
 
 
+def load(path) -> torch.nn.Module:
+    return empg.load_policy(str(path), empg.load_tokenizer(str(path))[0], "cpu")
+
+
 def metrics(output) -> list[dict]:
     return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
 
@@ -887,14 +889,12 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path, odd_is_right):
     assert [tokenizer.decode(r, skip_special_tokens=True) for r in generated] == tokenizer.batch_decode(
         sampled, skip_special_tokens=True
     )
-    assert any(
-        not torch.equal(a, b) for a, b in zip(model.parameters(), empg.load_policy(str(tiny), "cpu")[0].parameters())
-    )
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), load(tiny).parameters()))
 
 
 def test_the_trained_weights_are_float32_and_dropout_is_off(tiny):
     """A checkpoint in bfloat16 is trained in float32, in which updates of 1e-6 survive."""
-    policy, _ = empg.load_policy(str(tiny), "cpu")
+    policy = load(tiny)
     assert {p.dtype for p in policy.parameters()} == {torch.float32} and not policy.training
 
 
@@ -928,11 +928,11 @@ def test_several_updates_on_one_buffer(tiny, tmp_path, odd_is_right, monkeypatch
 def test_sampling_is_from_the_policy_as_it_is(tiny, tmp_path, odd_is_right, monkeypatch):
     """θ* ← θ at every iteration: whenever trajectories are drawn, the frozen copy has the trained policy's weights."""
     loaded, distances = [], []
-    load, sample = empg.load_policy, empg.sample
-    monkeypatch.setattr(empg, "load_policy", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    load_policy, sample = empg.load_policy, empg.sample
+    monkeypatch.setattr(empg, "load_policy", lambda *args: loaded.append(load_policy(*args)) or loaded[-1])
 
     def spy(model, *args, **kwargs):
-        distances.append(max((a - b).abs().max().item() for a, b in zip(model.parameters(), loaded[0][0].parameters())))
+        distances.append(max((a - b).abs().max().item() for a, b in zip(model.parameters(), loaded[0].parameters())))
         return sample(model, *args, **kwargs)
 
     monkeypatch.setattr(empg, "sample", spy)
@@ -960,7 +960,7 @@ def test_a_batch_without_signal_is_reported_and_skipped(tiny, tmp_path, monkeypa
     rows = [row for row in metrics(tmp_path) if "reward" in row]
     assert all(row["no_signal"] == 1 and row["loss"] is None and row["grad_norm"] is None for row in rows)
     assert capsys.readouterr().out.count("no signal") == 2
-    before, after = empg.load_policy(str(tiny), "cpu")[0], empg.load_policy(str(tmp_path / "model"), "cpu")[0]
+    before, after = load(tiny), load(tmp_path / "model")
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 
@@ -972,7 +972,7 @@ def test_updates_that_are_not_finite_are_skipped_and_stop_the_run(tiny, tmp_path
         empg.main(options(tiny, tmp_path, steps=9))
     assert stop.value.code == 1 and "five updates in a row" in capsys.readouterr().err
     assert [row["skipped_updates"] for row in metrics(tmp_path) if "reward" in row] == [1] * 4
-    before, after = empg.load_policy(str(tiny), "cpu")[0], empg.load_policy(str(tmp_path / "model"), "cpu")[0]
+    before, after = load(tiny), load(tmp_path / "model")
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 
@@ -1172,16 +1172,18 @@ def test_bad_data_is_refused(tiny, tmp_path, capsys):
         ("columns", {"train": [{"q": "1", "a": "2"}], "test": [{"q": "1", "a": "2"}]}, ["question", "'q', 'a'"]),
         ("rows", {"train": [row], "test": []}, ["test"]),
         ("split", {"train": [row]}, ["test"]),
-        ("leak", {"train": [row], "test": [row]}, ["held-out"]),
+        ("leak", {"train": [row], "test": [row]}, ["held out"]),
     ):
         data = write_rows(tmp_path / name, **splits)
         refuses(capsys, options(tiny, tmp_path / "out", task="gsm8k", data=data), "--data", *words)
 
 
 def test_bad_models_are_refused(tiny, tmp_path, capsys):
-    """A directory without a model, a tokenizer without EOS, or one with more tokens than the model, is refused."""
+    """No model, no weights, a tokenizer without EOS, or one with more tokens than the model: each is refused."""
     (tmp_path / "empty").mkdir()
     refuses(capsys, options(tmp_path / "empty", tmp_path / "out"), "--model", "empty")
+    shutil.copytree(tiny, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    refuses(capsys, options(tmp_path / "weightless", tmp_path / "out"), "--model", "weights", "weightless")
     make_model(dtype=torch.float32).save_pretrained(tmp_path / "endless")
     tokenizer = empg.character_tokenizer()
     tokenizer.eos_token = None
