@@ -364,15 +364,14 @@ def log_probs(
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values), mask
 
 
-def frozen_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A copy of the model without gradients, its parameters in `dtype`.
+def freeze(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The model itself, from now on without gradients and dropout, its parameters in `dtype`.
 
     Buffers keep their precision: rotary frequencies in bfloat16 would shift every position.
     """
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    for parameter in frozen.parameters():
+    for parameter in model.requires_grad_(False).eval().parameters():
         parameter.data = parameter.data.to(dtype)
-    return frozen
+    return model
 
 
 @torch.no_grad()
@@ -612,6 +611,12 @@ def stop_tokens(tokenizer, model: torch.nn.Module) -> list[int]:
         end = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
         stops.update(set(end) & set(tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder)))
     return sorted(stops)
+
+
+def sampling_limits(tokenizer, model: torch.nn.Module, max_new_tokens: int) -> dict:
+    """The arguments of `sample` that say where a response ends."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {"max_new_tokens": max_new_tokens, "eos_token_id": stop_tokens(tokenizer, model), "pad_token_id": pad}
 
 
 def character_tokenizer():
@@ -876,10 +881,9 @@ def train(
     """
     task, P, G, M = TASKS[config.task], config.prompts_per_step, config.num_samples, config.minibatches
     mine = slice(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE)  # this rank's places in a batch
-    limits = {"max_new_tokens": config.max_new_tokens, "eos_token_id": stop_tokens(tokenizer, policy)}
-    limits["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    old_policy = frozen_copy(policy, getattr(torch, config.dtype))
-    reference = frozen_copy(policy, getattr(torch, config.dtype)) if config.beta else None
+    limits = sampling_limits(tokenizer, policy, config.max_new_tokens)
+    old_policy = freeze(copy.deepcopy(policy), getattr(torch, config.dtype))
+    reference = freeze(copy.deepcopy(policy), getattr(torch, config.dtype)) if config.beta else None
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     accuracies, failures = [], 0
 
@@ -976,10 +980,10 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def fail(message: object, code: int = 2):
+def fail(message: object, code: int = 2, program: str = "empg.py"):
     """End the process with one line on standard error; of several processes on a machine the first one prints it."""
     if LOCAL_RANK == 0:
-        print(f"empg.py: error: {message}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -998,11 +1002,33 @@ def parse_config(argv: list[str]) -> Config:
         say(f"This stands for: python empg.py {shlex.join(recipe + argv)}")
     config = Config(**vars(parser.parse_args(recipe + argv)))
     config.task = config.task or "gsm8k"
+    choose_device(config)
+    return config
+
+
+def choose_device(config) -> None:
+    """Fill in the --device and --dtype that are not given."""
     if config.device is None:
         config.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if config.dtype is None:
         config.dtype = "bfloat16" if config.device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return config
+
+
+def start_processes(config) -> None:
+    """Try the device, and join the processes that torchrun started, each on a GPU of its own.
+
+    Raises:
+        ValueError: --device cannot be used.
+    """
+    try:
+        torch.empty(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {config.device}: cannot be used here ({first_line(error)})") from error
+    if config.device == "cuda":
+        config.device = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(config.device)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
 
 
 def check(config: Config) -> None:
@@ -1028,10 +1054,11 @@ def check(config: Config) -> None:
     require("prompts_per_step", config.prompts_per_step % WORLD_SIZE == 0, f"must divide among {WORLD_SIZE} processes")
     require("prompt_template", "{question}" in (config.prompt_template or "{question}"), "must contain {question}")
     require("dtype", config.dtype in ("bfloat16", "float32"), "choose bfloat16 or float32")
-    try:
-        torch.empty(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        require("device", False, f"cannot be used here ({first_line(error)})")
+
+
+def library_versions() -> dict[str, str]:
+    libraries = ("torch", "transformers", "datasets", "numpy", "math-verify")
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
 def make_output(config: Config) -> Path:
@@ -1067,13 +1094,24 @@ def load_problems(config: Config, task: Task, tokenizer, context: int) -> tuple[
     rows = problems + held_out
     for row, ids in zip(rows, encode_prompts(tokenizer, task, [r["question"] for r in rows], config.prompt_template)):
         row["prompt"] = ids
+    response_limit(config.max_new_tokens, rows, context)
+    return problems, held_out
+
+
+def response_limit(wanted: int | None, rows: list[dict], context: int) -> int:
+    """--max-new-tokens, or without one what the context leaves behind the longest prompt, but at most 1024.
+
+    Raises:
+        ValueError: it does not fit.
+    """
     longest = max(len(row["prompt"]) for row in rows)
-    if longest + config.max_new_tokens > context:
+    limit = wanted or max(1, min(1024, context - longest))
+    if longest + limit > context:
         raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens}: with the longest prompt, {longest} tokens, it exceeds the model's"
+            f"--max-new-tokens {limit}: with the longest prompt, {longest} tokens, it exceeds the model's"
             f" context of {context}; at most {context - longest} fit"
         )
-    return problems, held_out
+    return limit
 
 
 def in_turn(work: Callable):
@@ -1092,11 +1130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(list(sys.argv[1:] if argv is None else argv))
     try:
         check(config)
-        if config.device == "cuda":
-            config.device = f"cuda:{LOCAL_RANK}"
-            torch.cuda.set_device(config.device)
-        if WORLD_SIZE > 1:
-            dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
+        start_processes(config)
         output = make_output(config) if RANK == 0 else Path()
         task, name = TASKS[config.task], config.model
         if name == "builtin":
@@ -1109,9 +1143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(error)
 
     if RANK == 0:
-        libraries = ("torch", "transformers", "datasets", "numpy", "math-verify")
-        versions = {"python": platform.python_version(), **{name: version(name) for name in libraries}}
-        settings = {**asdict(config), "processes": WORLD_SIZE, "versions": versions}
+        settings = {**asdict(config), "processes": WORLD_SIZE, "versions": library_versions()}
         (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     say(f"{config.model}: {size:.1f}M parameters on {WORLD_SIZE} × {config.device}, {config.dtype}; {config.task}:")
@@ -1122,7 +1154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(error, code=1)
     finally:  # whatever ends the training, what was learned is kept
         if RANK == 0:
-            frozen_copy(policy, getattr(torch, config.dtype)).save_pretrained(output / "model")
+            freeze(policy, getattr(torch, config.dtype)).save_pretrained(output / "model")
             tokenizer.save_pretrained(output / "model")
             say(f"The model is in {output / 'model'}")
     if accuracies:

@@ -2,6 +2,7 @@
 tiny real models, and on whole runs of the command. `pytest -q` takes about a minute on two cores and needs no network.
 """
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -398,10 +399,10 @@ def test_sample_and_log_probs_refuse_empty_input():
             empg.log_probs(model, prompts, responses)
 
 
-def test_frozen_copy_rounds_parameters_only():
+def test_freezing_rounds_parameters_only():
     """θ* in bfloat16 keeps its rotary frequencies in float32, has no gradients, and follows θ through `copy_weights`."""
     policy = make_model(dtype=torch.float32, attention_dropout=0.5).train()
-    frozen = empg.frozen_copy(policy, torch.bfloat16)
+    frozen = empg.freeze(copy.deepcopy(policy), torch.bfloat16)
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in frozen.buffers()} == {torch.float32}
     assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
@@ -481,7 +482,9 @@ def test_kl_term_has_its_gradient():
 def test_ess_measures_the_distance_from_the_old_policy():
     """1 at θ = θ*, even for a model with dropout, which must be off in both; less for another θ."""
     model, trajectories = make_model(attention_dropout=0.5), make_trajectories(WEIGHTS)
-    _, same = update_gradient(model, trajectories, 9, config(), old_policy=empg.frozen_copy(model, torch.float64))
+    _, same = update_gradient(
+        model, trajectories, 9, config(), old_policy=empg.freeze(copy.deepcopy(model), torch.float64)
+    )
     assert same["ess"] == pytest.approx(1, abs=1e-12)
     _, other = update_gradient(model, trajectories, 9, config(), old_policy=make_model(seed=1))
     kept = [t for t in trajectories if t.weight]
@@ -942,12 +945,13 @@ def test_sampling_is_from_the_policy_as_it_is(tiny, tmp_path, odd_is_right, monk
 
 def test_the_reference_model_is_there_only_with_beta(tiny, tmp_path, odd_is_right, monkeypatch):
     """With --beta 0 one copy of the policy is made for training, θ*; with it, a second one, which a KL is measured from."""
-    copies, original = [], empg.frozen_copy
-    monkeypatch.setattr(empg, "frozen_copy", lambda *args: copies.append(1) or original(*args))
+    copies, original = [], copy.deepcopy
+    count = lambda thing, *memo: copies.append(isinstance(thing, torch.nn.Module)) or original(thing, *memo)
+    monkeypatch.setattr(empg.copy, "deepcopy", count)
     empg.main(options(tiny, tmp_path / "0"))
-    without = len(copies)
+    without = sum(copies)
     empg.main(options(tiny, tmp_path / "1", beta=0.1, lr=0.01, steps=3))
-    assert len(copies) - without == without + 1
+    assert without == 1 and sum(copies) == 3
     kl = [row["kl"] for row in metrics(tmp_path / "1") if "kl" in row]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-4
 
