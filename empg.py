@@ -431,7 +431,8 @@ def numbers(text: str) -> list[Decimal]:
     """
     text = THOUSANDS.sub(",", text.replace("\\$", "$").replace("−", "-"))
     text = re.sub(r"(?<=[A-Za-z})])\s*\^\s*\{?[23]\}?|(?<=\d):00\b", "", text)
-    return [Decimal("-" * bool(sign) + digits.replace(",", "")) for sign, digits in NUMBER.findall(text)]
+    found = (sign[:1] + digits.replace(",", "") for sign, digits in NUMBER.findall(text))
+    return [Decimal(re.sub(r"(?<=\.)(\d*?)0*$", r"\1", number).removesuffix(".") or 0) for number in found]
 
 
 # A heading such as "#### 2. The profit" announces no answer.

@@ -11,12 +11,15 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose more than they gain by a second thread
 
 import math_verify
 import numpy as np
@@ -25,8 +28,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import empg
+import eval as scoring
 
-torch.set_num_threads(1)  # tiny models lose more than they gain by a second one
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared/data"
 needs_data = pytest.mark.skipif(not SHARED.exists(), reason="real data sets are not beside the project")
@@ -652,6 +655,13 @@ def test_gsm8k_texts(response, answer, expected):
     assert GSM8K.reward(response, answer) == expected
 
 
+def test_gsm8k_answers_are_comparable_as_text():
+    """18, 18.0 and $18.00 are one vote in a majority."""
+    forms = ("\\boxed{18}", "#### 18.0", "It is $18.00", "The answer is 18.")
+    assert {GSM8K.extract(form) for form in forms} == {"18"}
+    assert [GSM8K.extract(text) for text in ("100", "0.50", ".0", "1,200")] == ["100", "0.5", "0", "1200"]
+
+
 GSM8K_FORMS = [
     r"\boxed{%s}",
     r"\boxed{\$%s.00}",
@@ -1036,14 +1046,12 @@ def test_two_processes_do_what_one_does(tiny, tmp_path):
     child = tmp_path / "child.py"
     child.write_text(CHILD.format(here=str(HERE)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, command in (("one", [sys.executable]), ("two", launch)):
         args = options(tiny, tmp_path / name, steps=3, prompts_per_step=4, num_samples=8, beta=0.0)
         done = subprocess.run(
             [*command, str(child), str(tmp_path / f"{name}-seen"), *args],
             check=False,
             timeout=100,
-            env=environment,
             capture_output=True,
             text=True,
         )
@@ -1211,3 +1219,577 @@ def test_a_plain_command_names_what_it_stands_for(capsys, monkeypatch):
     gpu = empg.parse_config([])
     assert (gpu.model, gpu.task, gpu.device, gpu.dtype) == ("Qwen/Qwen2.5-1.5B", "gsm8k", "cuda", "bfloat16")
     assert empg.parse_config(["--task", "sums"]).model == "builtin"
+
+
+# -------- eval.py: scores, comparisons, curves ----------------------------------------------------------------------
+
+QUICK = ["--task", "sums", "--device", "cpu", "--max-new-tokens", "12", "--limit", "40"]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A directory with a random model whose choices are clear-cut."""
+    path = tmp_path_factory.mktemp("models") / "scored"
+    make_model(seed=1, vocab=17, dtype=torch.float32, num_attention_heads=2, num_key_value_heads=1).save_pretrained(
+        path
+    )
+    empg.character_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    """Every other response is right and half have an answer, so that every score has something to count."""
+
+    def reward(response, answer):
+        return float(extract(response) == "even")
+
+    def extract(response):
+        return {0: "even", 1: "odd", 2: "even"}.get(sum(map(ord, response)) % 5)
+
+    task = dataclasses.replace(empg.TASKS["sums"], reward=reward, extract=extract)
+    monkeypatch.setitem(empg.TASKS, "sums", task)
+
+
+def rows_in(path):
+    header, *rows = map(json.loads, Path(path).read_text().splitlines())
+    return header, sorted(rows, key=lambda row: (row["index"], row["sample"]))
+
+
+def summary_of(capsys, *words):
+    """The summary that a command prints with --json; it is all that stands on standard output."""
+    capsys.readouterr()
+    scoring.main([*map(str, words), "--json"])
+    return json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def refusal(capsys, *words):
+    """The line that a command ends with on standard error, when it ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        scoring.main([*map(str, words)])
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    lines = [line for line in err.splitlines() if line.strip() and "Loading weights" not in line]
+    assert len(lines) == 1 and lines[0].startswith("eval.py: error: "), err
+    return lines[0]
+
+
+def results(path, correct, tokens=None, samples=1, texts=None, questions=None, **options):
+    """Write a results file with these outcomes and return its path."""
+    header = dict.fromkeys(scoring.DECISIVE) | {"model": Path(path).stem, "task": "sums", "max_new_tokens": 12}
+    header |= {"num_samples": samples, "problems": len(correct) // samples, "versions": {}, **options}
+    lines = [header]
+    for i, right in enumerate(correct):
+        row = {"index": i // samples, "sample": i % samples, "question": f"q{i // samples}", "gold": "1"}
+        row |= {"response": texts[i] if texts else "r", "extracted": "1" if right else None, "correct": bool(right)}
+        lines.append(row | {"tokens": tokens[i] if tokens else 5, "cut": False} | (questions or {}))
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Path(path)
+
+
+def test_wilson_interval_solves_its_equation():
+    """The ends of Wilson's interval are the shares p from which the observed one is 1.96 standard errors away."""
+    assert scoring.wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    for successes, total in [(1, 10), (50, 100), (499, 500), (3, 1319)]:
+        for p in scoring.wilson_interval(successes, total):
+            assert abs(successes / total - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / total), rel=1e-5)
+
+
+@pytest.mark.parametrize("total", [1, 7, 500])
+def test_wilson_interval_at_none_and_all(total):
+    """At no and at full success the interval keeps a width, ends at exactly 0 or 1, and one mirrors the other."""
+    low, high = scoring.wilson_interval(0, total)
+    assert low == 0 and high == pytest.approx(1.959964**2 / (total + 1.959964**2), rel=1e-6)
+    assert scoring.wilson_interval(total, total) == pytest.approx((1 - high, 1)) and high < 1
+    assert scoring.wilson_interval(total, total)[1] == 1.0
+
+
+def test_pass_at_k_is_the_share_of_subsets():
+    """pass@k is the share of all k-subsets of the samples that hold a correct one."""
+    for n in range(1, 7):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+            assert scoring.pass_at_k(n, c, k) == pytest.approx(sum(map(max, subsets)) / len(subsets), abs=1e-12)
+    assert scoring.pass_at_k(1000, 1, 1) == pytest.approx(0.001)
+
+
+def test_majority_vote():
+    """The commonest answer wins, the earliest of equals; a response without an answer has no vote."""
+    assert scoring.majority_vote(["7", "8", "8"]) == "8"
+    assert scoring.majority_vote(["9", "8", "8", "9"]) == "9"
+    assert scoring.majority_vote([None, None, None, "3"]) == "3"
+    assert scoring.majority_vote([None, None]) is None
+
+
+def test_mcnemar_is_a_sum_over_coins():
+    """McNemar's p-value is the probability of coin tosses at least as lopsided as what was observed."""
+    for a, b in itertools.product(range(6), repeat=2):
+        tosses = [sum(toss) for toss in itertools.product((0, 1), repeat=a + b)]
+        extreme = [abs(2 * heads - (a + b)) >= abs(a - b) for heads in tosses]
+        assert scoring.mcnemar_exact(a, b) == pytest.approx(sum(extreme) / len(extreme), abs=1e-12)
+    assert scoring.mcnemar_exact(0, 0) == 1
+    assert scoring.mcnemar_exact(5, 0) == 0.0625
+    assert scoring.mcnemar_exact(3000, 3000) == 1
+    assert 0 < scoring.mcnemar_exact(900, 100) < 1e-100
+
+
+def test_paired_difference_of_accuracies():
+    """The interval of paired accuracies is Agresti and Min's from the 2 × 2 table: half a problem more in each cell."""
+    both, only_a, only_b, neither = 30, 5, 12, 13
+    a = [1] * both + [1] * only_a + [0] * only_b + [0] * neither
+    b = [1] * both + [0] * only_a + [1] * only_b + [0] * neither
+    n, x, y = 62, only_a + 0.5, only_b + 0.5
+    centre, error = (y - x) / n, math.sqrt((x + y) - (y - x) ** 2 / n) / n
+    expected = (7 / 60, centre - 1.959964 * error, centre + 1.959964 * error)
+    assert scoring.paired_difference(a, b, bound=1) == pytest.approx(expected, rel=1e-6)
+    mirrored = scoring.paired_difference(b, a, bound=1)
+    assert mirrored == pytest.approx((-expected[0], -expected[2], -expected[1]), rel=1e-6)
+
+
+def test_paired_difference_at_the_edges():
+    """Models that never differ get 0 with an interval around it; ones that always do stay within ±1; both are finite."""
+    same, low, high = scoring.paired_difference([1] * 50, [1] * 50, bound=1)
+    assert same == 0 and -0.1 < low < 0 < high < 0.1
+    assert scoring.paired_difference([0] * 50, [1] * 50, bound=1)[0] == 1
+    assert 0.85 < scoring.paired_difference([0] * 50, [1] * 50, bound=1)[1] < 1
+    assert scoring.paired_difference([0] * 50, [1] * 50, bound=1)[2] == 1
+    assert scoring.paired_difference([4], [9], bound=0) == (5, 5, 5)
+
+
+def test_paired_difference_without_a_bound():
+    """Without a bound the interval is that of a mean: 1.96 standard errors of the differences to both sides."""
+    a, b = np.random.default_rng(0).normal([[10], [14]], 3, (2, 200))
+    error = 1.959964 * (b - a).std() / math.sqrt(200)
+    expected = ((b - a).mean(), (b - a).mean() - error, (b - a).mean() + error)
+    assert scoring.paired_difference(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_report_agrees_with_the_file(scored, tmp_path, capsys, lenient):
+    """Accuracy, lengths, cut and unanswered shares of a greedy evaluation are those of the rows it writes."""
+    file = tmp_path / "new" / "r.jsonl"
+    s = summary_of(capsys, "--model", scored, *QUICK, "--output", file)
+    header, rows = rows_in(file)
+    assert [(row["index"], row["sample"]) for row in rows] == [(i, 0) for i in range(40)]
+    problems = empg.sums_problems(None, "test")[:40]
+    assert [(row["question"], row["gold"]) for row in rows] != [] and header["problems"] == s["problems"] == 40
+    assert [row["question"] for row in rows] == [problem["question"] for problem in problems]
+    right = sum(row["correct"] for row in rows)
+    assert 0 < right < 40 and s["accuracy"] == right / 40
+    assert s["interval"] == pytest.approx(scoring.wilson_interval(right, 40))
+    tokens = [row["tokens"] for row in rows]
+    assert s["mean_tokens"] == pytest.approx(np.mean(tokens)) and s["median_tokens"] == np.median(tokens)
+    assert s["cut"] == pytest.approx(np.mean([row["cut"] for row in rows]))
+    assert s["no_answer"] == pytest.approx(np.mean([row["extracted"] is None for row in rows])) and s["no_answer"] > 0
+    assert s["temperature"] == 0 and header["versions"]["torch"] == torch.__version__ and header["model"] == scored
+    scoring.main(["--model", scored, *QUICK, "--output", str(file)])
+    report = capsys.readouterr().out
+    assert f"{s['accuracy']:.3f}, 95 % interval" in report and "40 responses from the file" in report
+
+
+def test_responses_are_those_of_sample(scored, tmp_path):
+    """Greedy responses, tokens and the cut mark are those of empg.sample on each problem alone."""
+    scoring.main(["--model", scored, *QUICK, "--output", str(tmp_path / "r.jsonl")])
+    tokenizer, _ = empg.load_tokenizer(scored)
+    policy = empg.load_policy(scored, tokenizer, "cpu")
+    task, limits = empg.TASKS["sums"], empg.sampling_limits(tokenizer, policy, 12)
+    kinds = set()
+    for row in rows_in(tmp_path / "r.jsonl")[1][::3]:
+        prompt = empg.encode_prompts(tokenizer, task, [row["question"]])
+        (tokens,) = empg.sample(policy, prompt, 1, temperature=0, **limits)
+        assert row["response"] == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert (row["tokens"], row["cut"]) == (len(tokens), tokens[-1] != tokenizer.eos_token_id)
+        assert row["extracted"] == task.extract(row["response"])
+        assert row["correct"] == bool(task.reward(row["response"], row["gold"]))
+        kinds.add(row["cut"])
+    assert kinds == {True, False}
+
+
+def test_samples_depend_on_seed_problem_and_number_only(scored, tmp_path):
+    """Sampled responses are the same in any batch size, with fewer problems and with fewer samples; not so by seed."""
+    files = {}
+    for name, words in {
+        "whole": ["--num-samples", "3", "--batch-size", "1000"],
+        "small": ["--num-samples", "3", "--batch-size", "1"],
+        "odd": ["--num-samples", "3", "--batch-size", "21", "--limit", "13"],
+        "one": ["--num-samples", "1", "--temperature", "1"],
+        "seed": ["--num-samples", "3", "--seed", "1"],
+    }.items():
+        scoring.main(["--model", scored, *QUICK, *words, "--output", str(tmp_path / name)])
+        header, rows = rows_in(tmp_path / name)
+        assert header["temperature"] == 1
+        files[name] = {(row["index"], row["sample"]): row for row in rows}
+    assert len(files["whole"]) == 120 and files["small"] == files["whole"]
+    assert len(files["odd"]) == 39 and files["odd"].items() <= {k: v for k, v in files["whole"].items()}.items()
+    assert len(files["one"]) == 40 and all(files["whole"][key] == row for key, row in files["one"].items())
+    assert sum(files["seed"][key]["response"] != files["whole"][key]["response"] for key in files["whole"]) > 90
+    texts = {(index, row["response"]) for (index, _), row in files["whole"].items()}
+    assert len(texts) > 100
+
+
+def test_scores_of_several_samples(scored, tmp_path, capsys, lenient):
+    """mean@K, pass@k and maj@K are those counted from the rows; the interval is that of as many problems."""
+    s = summary_of(capsys, "--model", scored, *QUICK, "--num-samples", "4", "--output", tmp_path / "r.jsonl")
+    groups = [list(group) for _, group in itertools.groupby(rows_in(tmp_path / "r.jsonl")[1], lambda row: row["index"])]
+    assert [len(group) for group in groups] == [4] * 40
+    assert s["accuracy"] == pytest.approx(np.mean([row["correct"] for group in groups for row in group]))
+    for k in range(1, 5):
+        found = [np.mean([any(r["correct"] for r in c) for c in itertools.combinations(g, k)]) for g in groups]
+        assert s["pass_at_k"][str(k)] == pytest.approx(np.mean(found))
+    won = [scoring.majority_vote([row["extracted"] for row in group]) == "even" for group in groups]
+    assert s["majority"] == pytest.approx(np.mean(won)) and 0 < s["majority"] < 1
+    assert s["interval"] == pytest.approx(scoring.wilson_interval(40 * s["accuracy"], 40))
+    scoring.main(["--model", scored, *QUICK, "--num-samples", "4", "--output", str(tmp_path / "r.jsonl")])
+    report = capsys.readouterr().out
+    header, _, _, *lines = (tmp_path / "r.jsonl").read_bytes().splitlines(True)
+    (tmp_path / "r.jsonl").write_bytes(b"".join([header, *lines]))  # some samples of one problem are missing
+    again = summary_of(capsys, "--model", scored, *QUICK, "--num-samples", "4", "--output", tmp_path / "r.jsonl")
+    assert {k for k in s if s[k] != again[k]} <= {"seconds", "tokens_per_second", "responses_from_file"}
+    assert "mean@4" in report and "at k = 4" in report and "at k = 3" not in report and "maj@4" in report
+
+
+def test_no_answers_and_no_success_give_valid_json(scored, capsys, monkeypatch):
+    """A model that never answers has accuracy 0 and majority 0, in JSON without NaN."""
+    task = dataclasses.replace(empg.TASKS["sums"], reward=lambda response, answer: 0.0, extract=lambda response: None)
+    monkeypatch.setitem(empg.TASKS, "sums", task)
+    s = summary_of(capsys, "--model", scored, *QUICK, "--num-samples", "2")
+    assert (s["accuracy"], s["majority"], s["no_answer"], s["interval"][0]) == (0, 0, 1, 0)
+    assert s["pass_at_k"] == {"1": 0, "2": 0} and 0 < s["interval"][1] < 0.1
+
+
+def test_two_processes_and_a_resumed_file(scored, tmp_path):
+    """Two processes that go on with a cut file write it byte for byte as one process does, and print the same scores."""
+    words = ["--model", scored, *QUICK, "--num-samples", "2", "--batch-size", "6"]
+    scoring.main([*words, "--output", str(tmp_path / "one")])
+    whole = (tmp_path / "one").read_bytes()
+    (tmp_path / "two").write_bytes(whole[: whole.index(b"\n", len(whole) // 3) + 40])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
+    command = [*torchrun, str(HERE / "eval.py"), *words, "--json", "--output", str(tmp_path / "two")]
+    end = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert end.returncode == 0, end.stderr
+    assert (tmp_path / "two").read_bytes() == whole
+    rows = rows_in(tmp_path / "one")[1]
+    s = json.loads(end.stdout)
+    assert s["mean_tokens"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
+    assert 0 < s["responses_from_file"] < 80
+
+
+def test_every_batch_is_on_disk_when_it_is_done(scored, tmp_path, monkeypatch):
+    """When a batch starts, the file holds the first row and all rows of the batches before: a kill loses one batch."""
+    file, seen, sample = tmp_path / "r.jsonl", [], empg.sample
+    monkeypatch.setattr(
+        empg, "sample", lambda *a, **k: (seen.append(file.read_bytes().count(b"\n")), sample(*a, **k))[1]
+    )
+    scoring.main(["--model", scored, *QUICK, "--batch-size", "8", "--output", str(file)])
+    assert seen[1:] == [9, 17, 25, 33]
+
+
+def test_killed_evaluation_goes_on(scored, tmp_path):
+    """After SIGKILL in the midst of it, even in the midst of a line, the same command ends with the file it would have."""
+    words = ["--model", scored, *QUICK[:-2], "--limit", "160", "--batch-size", "4"]
+    scoring.main([*words, "--output", str(tmp_path / "whole")])
+    whole, part = (tmp_path / "whole").read_bytes(), tmp_path / "part"
+    process = subprocess.Popen([sys.executable, str(HERE / "eval.py"), *words, "--output", str(part)], stderr=-3)
+    while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < 30):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    written = part.read_bytes()
+    assert 30 <= written.count(b"\n") < 161 and whole.startswith(written)
+    for keep in (len(written), written.rindex(b"\n", 0, -1) + 25):
+        part.write_bytes(written[:keep])
+        scoring.main([*words, "--output", str(part)])
+        assert part.read_bytes() == whole
+
+
+def test_finished_file_is_only_read(scored, tmp_path, capsys, monkeypatch):
+    """A complete results file gives its summary again, without sampling and without a change to the file."""
+    first = summary_of(capsys, "--model", scored, *QUICK, "--output", tmp_path / "r.jsonl")
+    before = (tmp_path / "r.jsonl").read_bytes()
+    monkeypatch.setattr(empg, "sample", lambda *args, **kwargs: pytest.fail("sampled again"))
+    again = summary_of(capsys, "--model", scored, *QUICK, "--output", tmp_path / "r.jsonl")
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+    assert {k for k in first if first[k] != again[k]} <= {"seconds", "tokens_per_second", "responses_from_file"}
+    left_out = [word for word in QUICK if word not in ("--max-new-tokens", "12")]
+    summary_of(capsys, "--model", scored, *left_out, "--output", tmp_path / "r.jsonl")  # goes by the file's limit
+
+
+def test_default_token_limit_fits_the_context(scored, tmp_path):
+    """Without --max-new-tokens a response may have what the model's context leaves."""
+    scoring.main(
+        ["--model", scored, "--task", "sums", "--device", "cpu", "--limit", "2", "--output", str(tmp_path / "r")]
+    )
+    assert rows_in(tmp_path / "r")[0]["max_new_tokens"] == 64 - len("1+2+3+4=")
+
+
+def test_subjects_of_math(scored, tmp_path, capsys):
+    """On MATH-Hard the accuracy is also given by subject, the dataset's column `type`."""
+    kinds = ["Algebra"] * 3 + ["Geometry"] * 2
+    lines = [{"problem": f"{i}+1=", "solution": f"\\boxed{{{i + 1}}}", "type": kind} for i, kind in enumerate(kinds)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--model", scored, "--task", "math-hard", "--data", tmp_path / "data", "--device", "cpu"]
+    words += ["--prompt-template", "{question}", "--output", tmp_path / "r.jsonl"]
+    s = summary_of(capsys, *words)
+    assert {kind: subject["problems"] for kind, subject in s["subjects"].items()} == {"Algebra": 3, "Geometry": 2}
+    header, *rows = (tmp_path / "r.jsonl").read_text().splitlines()
+    rows = [json.loads(row) for row in rows]
+    for row in rows:
+        row["correct"] = row["index"] in (0, 1, 4)
+    (tmp_path / "r.jsonl").write_text("\n".join([header, *map(json.dumps, rows)]) + "\n")
+    s = summary_of(capsys, *words)
+    assert [s["subjects"][kind]["accuracy"] for kind in ("Algebra", "Geometry")] == [pytest.approx(2 / 3), 0.5]
+    assert sorted(row["gold"] for row in rows) == ["1", "2", "3", "4", "5"]
+    scoring.main([*map(str, words)])
+    assert "0.667 of 3 problems" in capsys.readouterr().out
+
+
+def test_paper_scores(tmp_path):
+    """The paper's scores go with its models, by hub name or by a local model's shape, and with no other."""
+    config = Qwen2Config(hidden_size=3584, num_hidden_layers=28, max_position_embeddings=4096)
+    other = Qwen2Config(hidden_size=64, num_hidden_layers=2)
+    expected = {"model": "Qwen2.5-Math-7B", "empg": 0.918, "grpo": 0.004}
+    assert scoring.paper_scores(str(tmp_path), config, "gsm8k") == expected
+    assert scoring.paper_scores("Qwen/Qwen2.5-Math-7B", other, "gsm8k") == expected
+    assert scoring.paper_scores("Qwen/Qwen2.5-14B-Instruct", other, "math-hard")["grpo"] == 0.816
+    assert scoring.paper_scores("Qwen/Qwen2.5-Math-7B-Instruct", config, "gsm8k") is None
+    assert scoring.paper_scores(str(tmp_path), other, "gsm8k") is None
+    assert scoring.paper_scores("Qwen/Qwen2.5-7B", other, "sums") is None
+    s = {"model": "Qwen/Qwen2.5-Math-7B", "task": "gsm8k", "split": "test", "num_samples": 1, "temperature": 0.0}
+    s |= {"problems": 3, "accuracy": 1.0, "interval": (0.4, 1.0), "mean_tokens": 3.0, "median_tokens": 3.0, "cut": 0.0}
+    s |= {"no_answer": 0.0, "seconds": 1.0, "tokens_per_second": 9.0, "responses_from_file": 0, "max_new_tokens": 9}
+    assert "EMPG 0.918, GRPO 0.004 (failed to learn)" in scoring.describe(s | {"paper": expected})
+
+
+def test_compare(tmp_path, capsys):
+    """--compare gives both accuracies, the paired difference, the discordant problems, McNemar's p and the lengths."""
+    a = results(tmp_path / "a.jsonl", [1, 1, 0, 0, 0, 0, 0, 0], tokens=[1, 2, 3, 4, 5, 6, 7, 8])
+    b = results(tmp_path / "b.jsonl", [1, 0, 1, 1, 1, 1, 1, 0], tokens=[2, 4, 6, 8, 10, 12, 14, 16], seed=3)
+    s = summary_of(capsys, "--compare", a, b)
+    assert (s["problems"], s["accuracy"], s["only_a"], s["only_b"]) == (8, [0.25, 0.75], [1], [2, 3, 4, 5, 6])
+    assert s["difference"][0] == 0.5 and s["difference"][1] < 0.5 < s["difference"][2]
+    assert s["p_value"] == scoring.mcnemar_exact(1, 5) and s["mean_tokens"] == [4.5, 9]
+    assert s["tokens_difference"][0] == 4.5 and s["options"] == {"model": ["a", "b"], "seed": [None, 3]}
+    scoring.main(["--compare", str(b), str(a)])
+    report = capsys.readouterr().out
+    assert "-0.500" in report and "A alone right on 5, B on 1" in report and "p = 0.22;" in report
+
+
+def test_compare_several_samples(tmp_path, capsys):
+    """Files of different numbers of samples are compared by the means of their problems."""
+    a = results(tmp_path / "a.jsonl", [1, 0, 0])
+    b = results(tmp_path / "b.jsonl", [1, 1, 1, 0, 0, 0], samples=2)
+    s = summary_of(capsys, "--compare", a, b)
+    assert (s["accuracy"], s["only_a"], s["only_b"]) == ([pytest.approx(1 / 3), 0.5], [], [1])
+
+
+def test_compare_evaluations(scored, tmp_path, capsys, lenient):
+    """Two evaluations of the same problems can be compared; a model compared with itself never differs."""
+    for name, words in (("a", []), ("b", ["--temperature", "1"])):
+        scoring.main(["--model", scored, *QUICK, *words, "--output", str(tmp_path / name)])
+    s = summary_of(capsys, "--compare", tmp_path / "a", tmp_path / "b")
+    assert s["problems"] == 40 and s["only_a"] + s["only_b"] and set(s["options"]) == {"temperature"}
+    s = summary_of(capsys, "--compare", tmp_path / "a", tmp_path / "a")
+    assert (s["difference"][0], s["p_value"], s["only_a"], s["only_b"]) == (0, 1, [], [])
+
+
+def test_behaviours(tmp_path, capsys):
+    """Each behaviour is counted once per response by its phrases, with the first three as examples and the caveat."""
+    texts = {
+        "sub-problem decomposition": [
+            "Step 1: add.",
+            "First, we add.",
+            "Let’s start by adding.",
+            "Case 1: x > 0. Case 1.",
+        ],
+        "self-verification": ["Let's verify the sum.", "We double-check."],
+        "backtracking": ["Wait, that is not right.", "Hmm. Let me reconsider."],
+        "": ["The waiter made three cakes.", "It is 18.", "She reached step 10 of the stairs.", "A checkered flag."],
+    }
+    flat = [text for group in texts.values() for text in group]
+    file = results(tmp_path / "r.jsonl", [1] * len(flat), texts=flat)
+    s = summary_of(capsys, "--behaviours", file)
+    assert {name: s[name]["responses"] for name in s} == {name: len(texts[name]) for name in texts if name}
+    for name, behaviour in s.items():
+        assert [example["text"] for example in behaviour["examples"]] == texts[name][:3]
+        assert behaviour["share"] == pytest.approx(len(texts[name]) / len(flat))
+    scoring.main(["--behaviours", str(file)])
+    report = capsys.readouterr().out
+    assert "proxy" in report and "double-check" in report
+
+
+def test_behaviours_with_an_evaluation(scored, capsys):
+    """--behaviours without a file counts in the evaluation at hand."""
+    s = summary_of(capsys, "--model", scored, *QUICK, "--behaviours")
+    assert {b["responses"] for b in s["behaviours"].values()} == {0} and len(s["behaviours"]) == 3
+
+
+def make_run(path, rewards, evaluations=(), **config):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"task": "sums", "output": str(path), "seed": 0, **config}))
+    rows = [{"step": 0, "eval_accuracy": 0.1, "eval_response_tokens": 5.0}] if evaluations else []
+    for step, reward in enumerate(rewards, 1):
+        rows.append({"step": step, "reward": reward, "response_tokens": 10.0 * step, "loss": None})
+        if step in evaluations:
+            rows.append({"step": step, "eval_accuracy": reward, "eval_response_tokens": 5.0})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_curves(tmp_path, capsys, monkeypatch):
+    """Seeds of a setting are drawn as mean and band, other runs as lines of another colour and style, named in a legend."""
+    from matplotlib.figure import Figure
+
+    runs = [
+        make_run(tmp_path / "x", [0.2, 0.4, None, 0.8], {2, 4}, baseline="loo"),
+        make_run(tmp_path / "y", [0.4, 0.6, 0.5, 1.0, 1.0], {2, 4}, baseline="loo", seed=1, versions={"torch": "9"}),
+        make_run(tmp_path / "z", [0.1, 0.1], baseline="group"),
+    ]
+    with open(tmp_path / "z" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "reward": NaN, "response_tokens": Infinity}\n{"step": 4, "rew')  # it is going on
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    scoring.main(["--curves", *runs, "--output", str(tmp_path / "c.png")])
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG") and "c.png" in capsys.readouterr().out
+    reward, accuracy, length, _ = figures[0].axes
+    lines = {line.get_label(): line for line in reward.lines}
+    assert set(lines) == {"baseline loo: 2 seeds", "z"}
+    seeds, single = lines["baseline loo: 2 seeds"], lines["z"]
+    assert seeds.get_xdata().tolist() == [1, 2, 4] and single.get_xdata().tolist() == [1, 2]
+    assert seeds.get_ydata().tolist() == pytest.approx([0.3, 0.5, 0.9])
+    band = reward.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(0.2) and band[:, 1].max() == pytest.approx(1.0)
+    assert seeds.get_color() != single.get_color() and seeds.get_linestyle() != single.get_linestyle()
+    assert accuracy.lines[0].get_xdata().tolist() == [0, 2, 4] and length.lines[1].get_ydata().tolist() == [10, 20]
+    assert {text.get_text() for text in figures[0].legends[0].texts} == set(lines)
+    assert all(axis.get_ylabel() for axis in figures[0].axes) and length.get_xlabel() == "iteration"
+
+
+BAD = {
+    "": "choose one of --model, --compare, --curves and --behaviours FILE",
+    "--behaviours": "choose one of",
+    "--model MODEL --compare A B": "choose one of",
+    "--model MODEL": "--task None: choose sums",
+    "--model MODEL --task chess": "--task chess: choose sums, gsm8k, math-hard",
+    "--model EMPTY --task sums": "--model: cannot load",
+    "--model BARE --task sums": "--model: cannot load",
+    "--model NAN --task sums": "weights that are not finite",
+    "--model MODEL --task sums --limit 0": "--limit 0: must be at least 1",
+    "--model MODEL --task sums --limit -3": "--limit -3: must be at least 1",
+    "--model MODEL --task sums --num-samples 0": "--num-samples 0: must be at least 1",
+    "--model MODEL --task sums --batch-size 0": "--batch-size 0: must be at least 1",
+    "--model MODEL --task sums --max-new-tokens 0": "--max-new-tokens 0: must be at least 1",
+    "--model MODEL --task sums --max-new-tokens 57": "at most 56 fit",
+    "--model MODEL --task sums --seed -1": "--seed -1: must be at least 0",
+    "--model MODEL --task sums --temperature -1": "--temperature -1.0: must be at least 0",
+    "--model MODEL --task sums --temperature nan": "--temperature nan: must be at least 0",
+    "--model MODEL --task sums --temperature 0 --num-samples 4": "--num-samples 4: all would be the same",
+    "--model MODEL --task sums --limit many": "--limit",
+    "--model MODEL --task sums --split dev": "--split dev: choose test or train",
+    "--model MODEL --task sums --prompt-template Q": "--prompt-template: must contain {question}",
+    "--model MODEL --task sums --dtype float8": "--dtype float8: choose",
+    "--model MODEL --task sums --device abacus": "--device abacus: cannot be used here",
+    "--model MODEL --task sums --data DIR": "--data: the task sums makes its own problems",
+    "--model MODEL --task gsm8k --data EMPTY": "--data: cannot load",
+    "--model MODEL --task sums --output DIR": "cannot be written",
+    "--model MODEL --task sums --output A/r.jsonl": "cannot be written",
+    "--model MODEL --task sums --output NOTES": "is not a results file",
+    "--model MODEL --task sums --output PROSE": "cannot be read",
+    "--model MODEL --task sums --output A": "was written with --model a",
+    "--model MODEL --task sums --seeds 1": "unrecognized arguments: --seeds 1",
+    "--model EMPTY --task sums --output MISSING": "--model: cannot load",
+    "--compare A": "--compare: takes two results files",
+    "--compare A B C": "--compare: takes two results files",
+    "--compare A MISSING": "cannot be read (",
+    "--compare A NOTES": "is not a results file",
+    "--compare A CUT": "holds 2 of 3 responses",
+    "--compare A ODD": "is not a results file",
+    "--compare A TWICE": "is not a results file",
+    "--compare A OTHER": "the files are of different problems",
+    "--compare A FEWER": "the files are of different problems",
+    "--compare A B --limit 5": "--limit: does not go with --compare",
+    "--compare A B --output DIR": "--output: does not go with --compare",
+    "--behaviours CUT": "holds 2 of 3 responses",
+    "--behaviours MISSING": "cannot be read (",
+    "--behaviours A --task sums": "--task: does not go with --behaviours",
+    "--curves EMPTY": "has no config.json",
+    "--curves MISSING": "has no config.json",
+    "--curves STARTED": "metrics.jsonl: cannot be read (",
+    "--curves IDLE": "holds no metrics yet",
+    "--curves RUN RUN": "names a run twice",
+    "--curves RUN --json": "--json: does not go with --curves",
+    "--curves RUN --output DIR": "cannot be written",
+    "--curves RUN --output A": "cannot be written",
+}
+
+
+@pytest.mark.parametrize("words", BAD, ids=lambda words: words or "nothing")
+def test_bad_input(words, scored, tmp_path, capsys):
+    """What cannot work is refused in one line that says so, with exit code 2, and leaves every file as it was."""
+    a = results(tmp_path / "a.jsonl", [1, 0, 1])
+    whole = a.read_bytes()
+    (tmp_path / "cut.jsonl").write_bytes(whole[: whole.rindex(b"{") + 9])
+    (tmp_path / "twice.jsonl").write_bytes(whole[: whole.rindex(b"{")] + whole.splitlines(True)[1])
+    places = {name: tmp_path / name.lower() for name in ("DIR", "EMPTY", "BARE", "NAN", "MISSING", "STARTED", "IDLE")}
+    places |= {"MODEL": scored, "A": a, "B": results(tmp_path / "b.jsonl", [1, 1, 1]), "CUT": tmp_path / "cut.jsonl"}
+    places |= {"OTHER": results(tmp_path / "other.jsonl", [1, 0, 1], questions={"question": "another"})}
+    places |= {"FEWER": results(tmp_path / "fewer.jsonl", [1, 0]), "C": a, "TWICE": tmp_path / "twice.jsonl"}
+    places |= {"ODD": results(tmp_path / "odd.jsonl", [1, 0, 1], questions={"tokens": "five"})}
+    places |= {"NOTES": tmp_path / "notes", "PROSE": tmp_path / "prose", "RUN": make_run(tmp_path / "run", [0.5])}
+    for name in ("DIR", "EMPTY", "BARE", "IDLE", "STARTED"):
+        places[name].mkdir()
+    (places["DIR"] / "keep").touch()
+    for file in Path(scored).iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, places["BARE"])
+    if "NAN" in words:
+        policy = AutoModelForCausalLM.from_pretrained(scored)
+        policy.model.norm.weight.data[0] = float("nan")
+        policy.save_pretrained(places["NAN"])
+        AutoTokenizer.from_pretrained(scored).save_pretrained(places["NAN"])
+    for name in ("STARTED", "IDLE"):
+        (places[name] / "config.json").write_text("{}")
+    (places["IDLE"] / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    places["NOTES"].write_text('{"a": 1}\n{"b": 2}\n')
+    places["PROSE"].write_text("Buy milk.\nThen rest.")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    parts = [word.partition("/") for word in words.split()]
+    command = [f"{places.get(first, first)}{slash}{rest}" for first, slash, rest in parts]
+    command += ["--device", "cpu"] * ("--model" in words and "--device" not in words)
+    capsys.readouterr()
+    assert BAD[words] in refusal(capsys, *command)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seed", 1), ("--limit", 39), ("--num-samples", 2), ("--max-new-tokens", 9)]
+)
+def test_file_of_other_options_is_refused(scored, tmp_path, capsys, option, value):
+    """A results file of another configuration is refused by the option that differs, and stays as it is."""
+    words = ["--model", scored, *QUICK, "--output", tmp_path / "r.jsonl"]
+    summary_of(capsys, *words)
+    before = (tmp_path / "r.jsonl").read_bytes()
+    assert option in refusal(capsys, *words, option, value)
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+
+
+def test_file_of_other_problems_is_refused(scored, tmp_path, capsys):
+    """A results file whose questions are not those of the task's is refused, and stays as it is."""
+    words = ["--model", scored, *QUICK, "--output", tmp_path / "r.jsonl"]
+    summary_of(capsys, *words)
+    text = (tmp_path / "r.jsonl").read_text()
+    question = rows_in(tmp_path / "r.jsonl")[1][0]["question"]
+    (tmp_path / "r.jsonl").write_text(text.replace(question, "0+0+0+1="))
+    assert "written for other problems" in refusal(capsys, *words)
+    assert (tmp_path / "r.jsonl").read_text() == text.replace(question, "0+0+0+1=")
+
+
+def test_bad_input_of_the_program(tmp_path):
+    """As a program, too, it ends with code 2 and one line; importing it runs nothing and leaves matplotlib alone."""
+    end = subprocess.run(
+        [sys.executable, str(HERE / "eval.py"), "--compare", "a"], capture_output=True, text=True, check=False
+    )
+    assert (end.returncode, end.stdout, end.stderr.count("\n")) == (2, "", 1)
+    code = "import sys, eval; assert 'matplotlib' not in sys.modules and 'datasets' not in sys.modules"
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=HERE)
+    assert (end.returncode, end.stdout, end.stderr) == (0, "", "")
