@@ -52,6 +52,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers.cache_utils import DynamicLayer
 from transformers.hf_argparser import HfArg
 
 # -------- Options -----------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ class Config:
     minibatches: int = HfArg(default=1, help="updates that a batch is split into")
     epochs: int = HfArg(default=1, help="passes over a batch")
     max_grad_norm: float = HfArg(default=1.0, help="the gradient is scaled down to this norm")
-    micro_batch_tokens: int = HfArg(default=8192, help="tokens in one forward and backward pass: bounds the memory")
+    micro_batch_tokens: int = HfArg(default=4096, help="tokens in one forward and backward pass: bounds the memory")
     eval_every: int = HfArg(default=10, help="iterations between evaluations on held-out problems; 0 for none")
     eval_problems: int = HfArg(default=256, help="held-out problems in an evaluation")
     seed: int = HfArg(default=0, help="of the prompts' order and of sampling")
@@ -218,7 +219,7 @@ def draw_tokens(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = torch.softmax(logits.float() / temperature, -1)
+    probs = torch.softmax(logits.float() if temperature == 1 else logits.float() / temperature, -1)
     if top_p < 1:
         ranked, order = probs.sort(-1, descending=True)
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)  # keeps the token that crosses top_p
@@ -226,6 +227,35 @@ def draw_tokens(
     cumulative = probs.cumsum(-1)  # its last entry is not exactly 1
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     return tokens.squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+class GrowingLayer(DynamicLayer):
+    """The keys and values of a layer, new ones written in place into room for 128 tokens at a time.
+
+    DynamicLayer makes a new copy of all keys and values at every token, which takes most of the time on a CPU.
+    """
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        end = self.get_seq_length() + key_states.shape[-2]
+        if end > self.room:
+            grown = super().update(key_states, value_states)
+            self.storage = [torch.nn.functional.pad(x, (0, 0, 0, 128)) for x in grown]
+            self.room = end + 128
+        else:
+            for storage, new in zip(self.storage, (key_states, value_states)):
+                storage[:, :, end - new.shape[-2] : end] = new
+        self.keys, self.values = (storage[:, :, :end] for storage in self.storage)
+        return self.keys, self.values
+
+    room = 0  # columns of the storage; 0 where keys and values have been copied to elsewhere
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.room = 0
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = 0
 
 
 @torch.no_grad()
@@ -282,6 +312,7 @@ def sample(
 
     # Each prompt is read once; its samples start from copies of its cache.
     cache = DynamicCache(config=model.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     attended = mask if padded else None
     output = model(ids, attention_mask=attended, position_ids=positions, past_key_values=cache, logits_to_keep=1)
     logits = output.logits[:, -1].repeat_interleave(num_samples, 0)
@@ -320,7 +351,7 @@ def log_probs(
     responses: Sequence[Sequence[int]],
     *,
     temperature: float = 1.0,
-    logits_per_chunk: int = 2**26,
+    tokens_per_chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """M-step: log π_θ(token | tokens before it) of every response token, with gradient.
 
@@ -329,7 +360,7 @@ def log_probs(
         prompts: N lists of token ids, one per response.
         responses: N lists of token ids.
         temperature: as the tokens were sampled with: the policy is the tempered distribution.
-        logits_per_chunk: how many logits, tokens × vocabulary, are held at a time.
+        tokens_per_chunk: of how many tokens the logits are held at a time; by default what suits the device.
     Returns:
         log-probabilities, (N, T) float32 (or float64 as the model), 0 on padding; and their mask, (N, T) bool.
     Raises:
@@ -349,14 +380,17 @@ def log_probs(
     is_response = (column >= starts[:, None]) & (column < (starts + lengths)[:, None])
     hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]
 
-    def project(hidden, targets):
-        logits = model.get_output_embeddings()(hidden)
-        logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    head = model.get_output_embeddings()
 
-    # A vocabulary of 152,000 makes logits the largest tensor of all. They are held for a chunk of tokens at a time, and
-    # computed once more in the backward pass.
-    size = max(1, logits_per_chunk // model.get_output_embeddings().weight.shape[0])
+    def project(hidden, targets):
+        logits = head(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if temperature == 1 else logits / temperature
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    # With a vocabulary of 152,000 logits would be the largest tensor of all. They are held for a chunk of tokens at a
+    # time and computed once more in the backward pass. Each chunk costs a pass over the projection's weights.
+    size = tokens_per_chunk or (256 if hidden.device.type == "cpu" else 2048)
     chunks = zip(hidden.split(size), targets.split(size))
     values = torch.cat([checkpoint(project, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks])
 
@@ -885,7 +919,8 @@ def train(
     limits = sampling_limits(tokenizer, policy, config.max_new_tokens)
     old_policy = freeze(copy.deepcopy(policy), getattr(torch, config.dtype))
     reference = freeze(copy.deepcopy(policy), getattr(torch, config.dtype)) if config.beta else None
-    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    fused = {"fused": True} if policy.device.type in ("cpu", "cuda") else {}
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, **fused)
     accuracies, failures = [], 0
 
     def evaluation(step: int) -> str:

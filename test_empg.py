@@ -273,12 +273,12 @@ def plain_logprobs(model, prompt, response, temperature=1.0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk", [18, 100, 2**26])
+@pytest.mark.parametrize("chunk", [1, 5, None])
 def test_log_probs_equal_the_plain_formula_and_its_gradient(temperature, chunk):
     """Batching, right padding, chunks of logits and recomputation change neither values nor gradients."""
     model = make_model()
     responses = [[5, 6, 1], [1], [7, 7, 7, 7, 7, 7], [2, 9]]
-    values, mask = empg.log_probs(model, PROMPTS, responses, temperature=temperature, logits_per_chunk=chunk)
+    values, mask = empg.log_probs(model, PROMPTS, responses, temperature=temperature, tokens_per_chunk=chunk)
     plain = [plain_logprobs(model, p, r, temperature) for p, r in zip(PROMPTS, responses)]
     assert mask.sum(1).tolist() == [3, 1, 6, 2]
     assert (values[~mask] == 0).all()
