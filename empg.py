@@ -49,7 +49,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 from transformers.cache_utils import DynamicLayer
@@ -345,6 +344,52 @@ def sample(
     return [row[:length] for row, length in zip(responses.tolist(), lengths.tolist())]
 
 
+class TokenLogProbs(torch.autograd.Function):
+    """log softmax(h Wᵀ / temperature)[token] for hidden states h (N, H), the projection's weights W (V, H), tokens (N,).
+
+    With a vocabulary of 152,000 the logits would be the largest tensor of all. Both passes hold those of `chunk` tokens
+    at a time, in one buffer; the backward pass computes them again, for ∂ log π(token)/∂ logits = onehot(token) − π.
+    """
+
+    @staticmethod
+    def logits(h: torch.Tensor, weight: torch.Tensor, temperature: float, buffer: torch.Tensor) -> torch.Tensor:
+        out = buffer[: len(h)]
+        out = torch.mm(h, weight.T, out=out) if h.dtype == out.dtype else out.copy_(h @ weight.T)
+        return out if temperature == 1 else out.div_(temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature, chunk):
+        ctx.temperature, ctx.chunk = temperature, chunk
+        w, dtype = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(w), dtype=dtype)
+        values, log_sums = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
+        parts = (x.split(chunk) for x in (hidden, tokens, values, log_sums))
+        for h, token, value, log_sum in zip(*parts):
+            logits = TokenLogProbs.logits(h, w, temperature, buffer)
+            chosen, largest = logits.gather(-1, token[:, None]), logits.amax(-1, keepdim=True)
+            log_sum[:] = largest[:, 0] + logits.sub_(largest).exp_().sum(-1).log()
+            value[:] = chosen[:, 0] - log_sum
+        ctx.save_for_backward(hidden, weight, tokens, log_sums)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight, tokens, log_sums = ctx.saved_tensors
+        w, d_hidden, d_weight = weight.to(hidden.dtype), torch.empty_like(hidden), torch.zeros_like(weight)
+        buffer = hidden.new_empty(min(ctx.chunk, len(hidden)), len(w), dtype=log_sums.dtype)
+        parts = (x.split(ctx.chunk) for x in (hidden, tokens, log_sums, gradient, d_hidden))
+        for h, token, log_sum, g, d_h in zip(*parts):
+            pi = TokenLogProbs.logits(h, w, ctx.temperature, buffer).sub_(log_sum[:, None]).exp_()
+            pi.scatter_add_(1, token[:, None], pi.new_full((len(h), 1), -1))
+            d_logits = pi.mul_(-g[:, None] / ctx.temperature).to(h.dtype)
+            torch.mm(d_logits, w, out=d_h)
+            if d_weight.dtype == h.dtype:
+                d_weight.addmm_(d_logits.T, h)
+            else:
+                d_weight += d_logits.T @ h
+        return d_hidden, d_weight, None, None, None
+
+
 def log_probs(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -380,19 +425,8 @@ def log_probs(
     is_response = (column >= starts[:, None]) & (column < (starts + lengths)[:, None])
     hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]
 
-    head = model.get_output_embeddings()
-
-    def project(hidden, targets):
-        logits = head(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        logits = logits if temperature == 1 else logits / temperature
-        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
-    # With a vocabulary of 152,000 logits would be the largest tensor of all. They are held for a chunk of tokens at a
-    # time and computed once more in the backward pass. Each chunk costs a pass over the projection's weights.
-    size = tokens_per_chunk or (256 if hidden.device.type == "cpu" else 2048)
-    chunks = zip(hidden.split(size), targets.split(size))
-    values = torch.cat([checkpoint(project, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks])
+    chunk = tokens_per_chunk or (256 if hidden.device.type == "cpu" else 2048)  # each chunk is a pass over W
+    values = TokenLogProbs.apply(hidden, model.get_output_embeddings().weight, targets, temperature, chunk)
 
     mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values), mask

@@ -274,13 +274,16 @@ def plain_logprobs(model, prompt, response, temperature=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 5, None])
-def test_log_probs_equal_the_plain_formula_and_its_gradient(temperature, chunk):
-    """Batching, right padding, chunks of logits and recomputation change neither values nor gradients."""
-    model = make_model()
+def test_log_probs_equal_the_plain_formula_and_its_gradient(temperature, chunk, monkeypatch):
+    """Batching, right padding, chunks of logits and recomputation change neither values nor gradients; logits are never
+    held for more tokens than a chunk."""
+    model, held, logits = make_model(), [], empg.TokenLogProbs.logits
+    spy = lambda h, *args: held.append(len(h)) or logits(h, *args)
+    monkeypatch.setattr(empg.TokenLogProbs, "logits", staticmethod(spy))
     responses = [[5, 6, 1], [1], [7, 7, 7, 7, 7, 7], [2, 9]]
     values, mask = empg.log_probs(model, PROMPTS, responses, temperature=temperature, tokens_per_chunk=chunk)
     plain = [plain_logprobs(model, p, r, temperature) for p, r in zip(PROMPTS, responses)]
-    assert mask.sum(1).tolist() == [3, 1, 6, 2]
+    assert mask.sum(1).tolist() == [3, 1, 6, 2] and max(held) <= (chunk or 256)
     assert (values[~mask] == 0).all()
     for i, expected in enumerate(plain):
         torch.testing.assert_close(values[i][mask[i]], expected, rtol=1e-10, atol=1e-12)
@@ -291,6 +294,22 @@ def test_log_probs_equal_the_plain_formula_and_its_gradient(temperature, chunk):
     (-sum(w * lp.sum() for w, lp in zip(weights, plain)) / 4).backward()
     for a, p in zip(fast, model.parameters()):
         torch.testing.assert_close(a, p.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_bfloat16_computation_stays_close_to_float32():
+    """Under autocast, float32 weights get float32 gradients that point where those of float32 computation do."""
+    model = make_model(dtype=torch.float32)
+    responses = [[5, 6, 1], [1], [7, 7, 7, 7, 7, 7], [2, 9]]
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            values, mask = empg.log_probs(model, PROMPTS, responses, tokens_per_chunk=3)
+        assert values.dtype == torch.float32
+        empg.empg_loss(values, mask, torch.ones(4)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert gradients[1].dtype == torch.float32
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
 
 
 def test_log_probs_equal_those_that_sample_saw(monkeypatch):
@@ -336,6 +355,15 @@ def test_greedy_sampling_equals_generate():
     for prompt, response in zip(PROMPTS, ours):
         theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, use_cache=False)
         assert theirs[0, len(prompt) :].tolist() == response
+
+
+def test_long_responses_outgrow_the_cache():
+    """The cache is extended every 128 tokens: 300 greedy tokens are those of one plain forward pass over them."""
+    model = make_model(max_position_embeddings=512)
+    responses = empg.sample(model, PROMPTS, 1, 300, temperature=0, eos_token_id=99, pad_token_id=0)
+    for prompt, response in zip(PROMPTS, responses):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == response
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
