@@ -234,6 +234,8 @@ class GrowingLayer(DynamicLayer):
     DynamicLayer makes a new copy of all keys and values at every token, which takes most of the time on a CPU.
     """
 
+    room = 0  # length of the storage; 0 once keys and values stand elsewhere
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         end = self.get_seq_length() + key_states.shape[-2]
         if end > self.room:
@@ -245,8 +247,6 @@ class GrowingLayer(DynamicLayer):
                 storage[:, :, end - new.shape[-2] : end] = new
         self.keys, self.values = (storage[:, :, :end] for storage in self.storage)
         return self.keys, self.values
-
-    room = 0  # columns of the storage; 0 where keys and values have been copied to elsewhere
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
