@@ -424,6 +424,8 @@ def log_probs(
     column = torch.arange(ids.shape[1], device=model.device)
     is_response = (column >= starts[:, None]) & (column < (starts + lengths)[:, None])
     hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]
+    if torch.is_autocast_enabled(hidden.device.type):  # which knows nothing of the products inside TokenLogProbs
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
 
     chunk = tokens_per_chunk or (256 if hidden.device.type == "cpu" else 2048)  # each chunk is a pass over W
     values = TokenLogProbs.apply(hidden, model.get_output_embeddings().weight, targets, temperature, chunk)
@@ -1081,7 +1083,8 @@ def choose_device(config) -> None:
     if config.device is None:
         config.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if config.dtype is None:
-        config.dtype = "bfloat16" if config.device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        bf16 = config.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        config.dtype = "bfloat16" if bf16 else "float32"
 
 
 def start_processes(config) -> None:

@@ -296,19 +296,19 @@ def test_log_probs_equal_the_plain_formula_and_its_gradient(temperature, chunk, 
         torch.testing.assert_close(a, p.grad, rtol=1e-8, atol=1e-10)
 
 
-def test_bfloat16_computation_stays_close_to_float32():
-    """Under autocast, float32 weights get float32 gradients that point where those of float32 computation do."""
-    model = make_model(dtype=torch.float32)
-    responses = [[5, 6, 1], [1], [7, 7, 7, 7, 7, 7], [2, 9]]
-    gradients = []
-    for enabled in (False, True):
+def test_bfloat16_computation_stays_close_to_float32(monkeypatch):
+    """Under autocast the projection, too, computes in bfloat16; float32 weights get float32 gradients, much the same."""
+    model, gradients, used, logits = make_model(dtype=torch.float32), [], [], empg.TokenLogProbs.logits
+    spy = lambda h, weight, *args: used.append((h.dtype, weight.dtype)) or logits(h, weight, *args)
+    monkeypatch.setattr(empg.TokenLogProbs, "logits", staticmethod(spy))
+    for dtype in (torch.float32, torch.bfloat16):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            values, mask = empg.log_probs(model, PROMPTS, responses, tokens_per_chunk=3)
-        assert values.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            values, mask = empg.log_probs(model, PROMPTS, [[5, 6, 1], [1], [7, 7, 7, 7, 7, 7], [2, 9]])
         empg.empg_loss(values, mask, torch.ones(4)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert gradients[1].dtype == torch.float32
+        assert set(used) == {(dtype, dtype)} and values.dtype == gradients[-1].dtype == torch.float32
+        used.clear()
     assert torch.cosine_similarity(*gradients, dim=0) > 0.999
 
 
