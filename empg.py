@@ -680,7 +680,7 @@ def stop_tokens(tokenizer, model: torch.nn.Module) -> list[int]:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
         end = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
-        stops.update(set(end) & set(tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder)))
+        stops.update(set(end) & set(tokenizer.added_tokens_decoder))
     return sorted(stops)
 
 
