@@ -25,7 +25,9 @@ Run it:
 Paper: Tianbing Xu, "Training Large Language Models to Reason via EM Policy Gradient", arXiv 2504.18587.
 """
 
+import contextlib
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -33,13 +35,15 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -48,7 +52,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 from transformers.cache_utils import DynamicLayer
@@ -59,7 +71,7 @@ from transformers.hf_argparser import HfArg
 # What a run without --model stands for: these words go before the user's own, which therefore win.
 LAPTOP = (
     "--model builtin --task sums --steps 60 --prompts-per-step 32 --num-samples 16 --max-new-tokens 40 --lr 1e-4"
-    " --eval-every 5 --eval-problems 500"
+    " --micro-batch-tokens 2048 --eval-every 5 --eval-problems 500"
 )
 GPU = "--model Qwen/Qwen2.5-1.5B --task gsm8k"
 
@@ -89,6 +101,13 @@ class Config:
     micro_batch_tokens: int = HfArg(default=4096, help="tokens in one forward and backward pass: bounds the memory")
     eval_every: int = HfArg(default=10, help="iterations between evaluations on held-out problems; 0 for none")
     eval_problems: int = HfArg(default=256, help="held-out problems in an evaluation")
+    save_every: int = HfArg(default=20, help="iterations between checkpoints; 0 for none but the last")
+    keep: int = HfArg(default=2, help="checkpoints that stay; older ones are removed")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output, if there is one")
+    shard: bool = HfArg(default=False, help="split weights, gradients and optimizer states over the processes (FSDP)")
+    gradient_checkpointing: bool = HfArg(
+        default=False, help="less memory: compute each layer again when going backward"
+    )
     seed: int = HfArg(default=0, help="of the prompts' order and of sampling")
     device: str | None = HfArg(default=None, help="cuda, mps or cpu; by default the best that is there")
     dtype: str | None = HfArg(default=None, help="bfloat16 or float32; by default bfloat16 on GPUs that have it")
@@ -416,7 +435,9 @@ def log_probs(
     # Padding stands on the right, after all that is read: causal attention cannot see it, and needs no mask for it.
     rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses)]
     ids = pad_sequence(rows, batch_first=True).to(model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    # The last hidden state through the model's own forward, which gathers the weights of a sharded one; no logits.
+    output = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=ids.new_empty(0))
+    hidden = output.hidden_states[-1]
 
     # The token at position j is predicted at position j − 1: the first response token by the last prompt token.
     starts = torch.tensor([len(p) for p in prompts], device=model.device)
@@ -446,9 +467,12 @@ def freeze(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 @torch.no_grad()
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """θ* ← θ (line 4 of Algorithm 1), rounding to the target's dtype."""
+    """θ* ← θ (line 4 of Algorithm 1), rounding to the target's dtype.
+
+    Of a sharded source one tensor after the other is put together, already rounded; no whole copy ever exists beside θ*.
+    """
     for new, old in zip(source.parameters(), target.parameters(), strict=True):
-        old.copy_(new)
+        old.copy_(new.to(old.dtype).full_tensor() if isinstance(new, DTensor) else new)
 
 
 # -------- Tasks: problems and rewards ---------------------------------------------------------------------------------
@@ -748,13 +772,25 @@ def build_base(path: Path, device: str) -> None:
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 50, 1 - step / steps)
         optimizer.step()
 
-    unfinished = path.with_name(f"{path.name}-{os.getpid()}")  # a build that is cut short leaves no half a model
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    if not path.exists():  # another run may have built the same in the meantime
+        save_model(model, tokenizer, path)
+
+
+def save_model(model: torch.nn.Module, tokenizer, path: Path) -> None:
+    """Write model and tokenizer for `from_pretrained`, whole or not at all.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
-    except OSError:  # another run has built it in the meantime, the same
-        shutil.rmtree(unfinished)
+    except Exception as error:  # a full disk is an error of the safetensors library's own kind
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
 
 
 def load_tokenizer(name: str):
@@ -775,23 +811,22 @@ def load_tokenizer(name: str):
     return tokenizer, getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
-def load_policy(name: str, tokenizer, device: str) -> torch.nn.Module:
-    """θ ← base model (line 1 of Algorithm 1), from a hub name or a local directory.
-
-    In float32, whatever it is stored in: at a learning rate of 1e-6 bfloat16 would round most updates away.
+def load_policy(name: str, tokenizer) -> torch.nn.Module:
+    """θ ← base model (line 1 of Algorithm 1), from a hub name or a local directory; on the CPU, in the dtype it is stored in.
 
     Raises:
         ValueError: it cannot be had, does not suit the tokenizer, or has logits that are not what `log_probs` assumes.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ValueError(f"--model: cannot load the weights of {name!r} ({first_line(error)})") from error
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ValueError(f"--model: the tokenizer of {name!r} has more tokens ({len(tokenizer)}) than the model")
     with torch.no_grad():
-        expected = model(torch.tensor([[0, 1]], device=device)).logits[0, 0].log_softmax(-1)[1]
-        if not torch.isclose(log_probs(model, [[0]], [[1]])[0][0, 0], expected, atol=1e-3, equal_nan=True):
+        output = model(torch.tensor([[0, 1]]), output_hidden_states=True)
+        expected = output.hidden_states[-1] @ model.get_output_embeddings().weight.T
+        if not torch.allclose(output.logits, expected, rtol=0.02, atol=0.02, equal_nan=True):
             raise ValueError(f"--model: {name!r} changes its logits after the output embeddings; log_probs does not")
     return model
 
@@ -802,34 +837,252 @@ def load_policy(name: str, tokenizer, device: str) -> torch.nn.Module:
 # This process among those that torchrun started, or the only one
 RANK, LOCAL_RANK = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+TIMEOUT = timedelta(
+    minutes=30
+)  # how long a process waits for the slowest: longer than any sampling or evaluation lasts
+STORE: dist.Store | None = None  # where every rank notes how many meetings it has come to
+HOST: dist.ProcessGroup | None = None  # the group for what is not on a GPU; None is the default one
+meetings = 0
 
 
-def gather(values: list) -> list:
-    """The values of all ranks, in the order of the ranks; every rank gets the same list."""
+def start_processes(config) -> None:
+    """Try the device, and join the processes that torchrun started, each on a GPU of its own.
+
+    Raises:
+        ValueError: --device cannot be used.
+    """
+    global STORE, HOST
+    try:
+        torch.empty(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {config.device}: cannot be used here ({first_line(error)})") from error
+    if config.device == "cuda":
+        config.device = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(config.device)
+    if WORLD_SIZE > 1 or getattr(config, "shard", False):
+        on_gpu = config.device.startswith("cuda")
+        if WORLD_SIZE > 1:
+            STORE, _, _ = next(dist.rendezvous("env://", RANK, WORLD_SIZE))
+            STORE = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), STORE)
+        store = STORE or dist.HashStore()
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=TIMEOUT)
+        HOST = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else None
+
+
+def gather(values: list, phase: str = "starting") -> list:
+    """The values of all ranks, in the order of the ranks; every rank gets the same list.
+
+    Args:
+        values: of this rank; anything that pickle takes.
+        phase: what the ranks have been doing until now, for the message.
+    Raises:
+        TimeoutError: a rank did not come within TIMEOUT, or is gone; the message names it and the phase.
+    """
+    global meetings
     if WORLD_SIZE == 1:
         return values
+    meetings += 1
+    STORE.set(f"meetings of {RANK}", str(meetings))
     parts = [None] * WORLD_SIZE
-    dist.all_gather_object(parts, values)
+    try:
+        dist.all_gather_object(parts, values, group=HOST)
+    except RuntimeError as error:
+        known = [f"meetings of {rank}" for rank in range(WORLD_SIZE)]
+        came = [int(STORE.get(key)) if STORE.check([key]) else 0 for key in known]
+        missing = [rank for rank, count in enumerate(came) if count < meetings]
+        raise TimeoutError(
+            f"rank {', '.join(map(str, missing)) or '?'} did not finish {phase}: it is stuck or was killed. The others"
+            f" waited for up to {TIMEOUT}. --resume goes on from the last checkpoint ({first_line(error)})"
+        ) from error
     return [value for part in parts for value in part]
 
 
+def agree(facts: dict[str, object]) -> None:
+    """Raise ValueError unless all ranks have the same facts; the message names the first that differs."""
+    first, *others = gather([facts])
+    for rank, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise ValueError(f"{name}: rank 0 has {value!r}, rank {rank} has {other[name]!r}; make them the same")
+
+
+def in_turn(work: Callable):
+    """The first process of each machine does the work, then the others: they find what it downloaded or built."""
+    waits = LOCAL_RANK > 0
+    if waits:
+        dist.barrier()
+    result = work()
+    if WORLD_SIZE > 1 and not waits:
+        dist.barrier()
+    return result
+
+
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Gradients summed over the ranks.
+    """Gradients summed over the ranks. (Those of a sharded model are, from its backward passes.)
 
     Once per update and as a sum, where DistributedDataParallel would average at every backward pass: ranks differ in
     how many trajectories carry weight, and a rank may have none.
     """
-    if WORLD_SIZE > 1:
+    if WORLD_SIZE > 1 and not isinstance(model, FSDPModule):
         for parameter in model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        small = [g for g in gradients if g.numel() < 2**20]  # travel together: each journey has its delay
+        together = parameters_to_vector(small)
+        for g in (together, *(g for g in gradients if g.numel() >= 2**20)):
+            dist.all_reduce(g)
+        vector_to_parameters(together, small)
+
+
+def spread(model: torch.nn.Module, config) -> torch.nn.Module:
+    """The model itself, now in float32 on this rank's device: whole, or with --shard only this rank's share of it.
+
+    In float32, whatever it is stored in: at a learning rate of 1e-6 bfloat16 would round most updates away. Sharded, a
+    layer's weights are gathered in --dtype when the layer is used, and its gradient is summed in float32 over the ranks.
+    """
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    for layer in layers if config.gradient_checkpointing else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if config.shard:
+        mesh = init_device_mesh(config.device.split(":")[0], (WORLD_SIZE,))
+        precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
+        for module in (*layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+            module.set_gradient_divide_factor(1.0)  # a sum, as in sum_gradients
+            module.set_force_sum_reduction_for_comms(True)
+    return model.to(config.device).float()
 
 
 def progress(items: Iterable, description: str, **options) -> tqdm:
     """A progress bar of the first process, on standard error; in a log file it moves every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10
     return tqdm(items, description, leave=False, mininterval=interval, disable=RANK != 0, dynamic_ncols=True, **options)
+
+
+# -------- What a run goes on from, and its checkpoints ----------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """A run between two iterations. A checkpoint has all of it but θ*, which is made from θ, and a reference that is fixed."""
+
+    policy: torch.nn.Module  # θ
+    old_policy: torch.nn.Module  # θ*, whole on every rank
+    reference: torch.nn.Module | None  # π_ref of the KL term
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # iterations done
+    rows: list[dict] = field(default_factory=list)  # of metrics.jsonl
+
+
+def begin(config: Config, policy: torch.nn.Module) -> State:
+    """The state before the first iteration, from the base model on the CPU, which becomes the policy."""
+    old_policy = freeze(copy.deepcopy(policy), getattr(torch, config.dtype)).to(config.device)
+    reference = spread(copy.deepcopy(policy).requires_grad_(False), config) if config.beta else None
+    policy = spread(policy, config)
+    fused = {"fused": True} if policy.device.type in ("cpu", "cuda") else {}
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, **fused)
+    return State(policy, old_policy, reference, optimizer)
+
+
+def tensors(state: State) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps: θ and Adam's averages, by name; the very tensors, so that loading into them restores them."""
+    kept = {}
+    for name, parameter in state.policy.named_parameters():
+        adam, fused = state.optimizer.state[parameter], state.optimizer.defaults["fused"]
+        if not adam:  # as AdamW itself begins
+            adam["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
+            adam["exp_avg"], adam["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        kept |= {f"{kind}.{name}": tensor for kind, tensor in {"weight": parameter.detach(), **adam}.items()}
+    return kept
+
+
+def bits(tensor: torch.Tensor) -> int:
+    """A number that changes with any bit of the tensor: the sum of its elements, read as integers; of a share, its part."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+    return local.detach().contiguous().view(integers).sum(dtype=torch.int64).item()
+
+
+def digests(kept: dict[str, torch.Tensor]) -> dict[str, int]:
+    """`bits` of each tensor: the same numbers however the tensors are spread over the ranks."""
+    numbers, *others = gather([{name: bits(tensor) for name, tensor in kept.items()}], "saving")
+    for name in (name for name, tensor in kept.items() if isinstance(tensor, DTensor)):
+        numbers[name] += sum(other[name] for other in others)
+    return numbers
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The complete checkpoints of a run, the oldest first."""
+    return sorted(path for path in (output / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def save_checkpoint(output: Path, state: State, keep: int) -> None:
+    """Write OUTPUT/checkpoints/STEP, every rank its share, and remove all but the newest `keep`.
+
+    It gets its name when all of it is on the disk: a kill at any instant leaves the checkpoints before it whole. Tensors
+    are safetensors files, the rest is JSON: reading them runs no code that they might contain.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = output / "checkpoints" / f"{state.step:06d}"
+    unfinished, kept = path.with_suffix(".unfinished"), tensors(state)
+    facts = {"step": state.step, "digests": digests(kept)}
+    try:
+        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        dcp.save(kept, storage_writer=writer, process_group=HOST)
+        if RANK == 0:
+            with open(unfinished / "state.json", "w") as file:
+                json.dump(facts, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+            for old in checkpoints(output)[:-keep]:
+                shutil.rmtree(old.rename(old.with_suffix(".unfinished")))
+    except (OSError, dcp.api.CheckpointException) as error:
+        raise OSError(f"checkpoint {path} cannot be written: {cause(error)}. Those before it are whole") from error
+
+
+def load_checkpoint(output: Path, state: State) -> None:
+    """Bring the state to OUTPUT's newest checkpoint, written by however many ranks; without one, leave it as it is.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    saved = checkpoints(output)
+    if saved:
+        try:
+            facts, kept = json.loads((saved[-1] / "state.json").read_text()), tensors(state)
+            dcp.load(kept, storage_reader=HuggingFaceStorageReader(str(saved[-1])), process_group=HOST)
+            changed = [name for name, number in digests(kept).items() if facts["digests"][name] != number]
+            problem = changed and f"{changed[0]} is not what was saved"
+        except (OSError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+            problem = cause(error)
+        if problem:
+            advice = f"; to go on from {saved[-2].name}, remove it" if len(saved) > 1 else ""
+            raise ValueError(f"checkpoint {saved[-1]} is damaged ({problem}){advice}")
+        state.step = facts["step"]
+        copy_weights(state.policy, state.old_policy)
+    if RANK == 0:
+        for path in (output / "checkpoints").glob("*.unfinished"):
+            shutil.rmtree(path)
+        # What was recorded after the checkpoint will be done, and recorded, again.
+        file, rows = output / "metrics.jsonl", []
+        for line in file.read_text().splitlines() if saved and file.exists() else ():
+            with contextlib.suppress(ValueError):  # a kill may have cut the last one off
+                rows += [row for row in [json.loads(line)] if row["step"] <= state.step]
+        replacement = file.with_suffix(".unfinished")
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        replacement.replace(file)
+    state.rows = gather([rows] if RANK == 0 else [])[0]
+
+
+def cause(error: Exception) -> str:
+    """The first line of what went wrong on the first rank where something did."""
+    failures = getattr(error, "failures", None)
+    return first_line(next(iter(failures.values()))[0] if failures else error)
 
 
 # -------- Training ----------------------------------------------------------------------------------------------------
@@ -891,10 +1144,14 @@ def update(
     # What has weight 0 adds nothing to the gradient and is not computed. (With a KL term it does, and is.)
     trajectories = [t for t in trajectories if t.weight != 0 or reference is not None]
     lengths = [len(t.prompt) + len(t.response) for t in trajectories]
+    groups = [[trajectories[i] for i in group] for group in micro_batches(lengths, config.micro_batch_tokens)]
+    if config.shard:  # all ranks take part in every pass of a sharded model: those with fewer groups add idle ones
+        groups += [[]] * (max(gather([len(groups)], "sampling")) - len(groups))
     rows = []  # one per trajectory: weight, tokens, log P_θ(τ), KL, log P_θ(τ) − log P_θ*(τ)
     optimizer.zero_grad()
-    for group in progress(micro_batches(lengths, config.micro_batch_tokens), "updating", delay=2):
-        tokens = [trajectories[i].prompt for i in group], [trajectories[i].response for i in group]
+    for group in progress(groups, "updating", delay=2):
+        some = group or [Trajectory(0, [0], [0])]
+        tokens = [t.prompt for t in some], [t.response for t in some]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             logprobs, mask = log_probs(policy, *tokens, temperature=config.temperature)
             old, ref = logprobs.detach(), logprobs.detach()
@@ -903,15 +1160,16 @@ def update(
                     old, _ = log_probs(old_policy, *tokens, temperature=config.temperature)
                 if reference is not None:
                     ref, _ = log_probs(reference, *tokens, temperature=config.temperature)
-        weights = logprobs.new_tensor([trajectories[i].weight for i in group])
+        weights = logprobs.new_tensor([t.weight for t in some])
         kl = (kl_k3(logprobs, ref) * mask).sum(1)
         loss = empg_loss(logprobs, mask, weights) + config.beta * kl.mean()
         (loss * len(group) / total).backward()
         columns = weights, mask.sum(1), logprobs.sum(1), kl, (logprobs - old).sum(1)
-        rows += zip(*(column.tolist() for column in columns))
+        rows += list(zip(*(column.tolist() for column in columns)))[: len(group)]
+    weight, count, log_p, kl, log_w = np.array(gather(rows, "the passes of an update")).T
     sum_gradients(policy)
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-    weight, count, log_p, kl, log_w = np.array(gather(rows)).T
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
     loss = float(config.beta * kl.sum() - weight @ log_p) / total
     finite = bool(np.isfinite([grad_norm, loss]).all())
     if finite:
@@ -926,59 +1184,70 @@ def update(
     }
 
 
-def evaluate(model: torch.nn.Module, tokenizer, task: Task, problems: list[dict], rows: int, **limits) -> list[float]:
-    """[greedy accuracy, mean response tokens] on `problems`, which the ranks share, `rows` at a time; limits of `sample`."""
-    results = []
+def sample_in_parts(
+    model: torch.nn.Module, prompts: list, num_samples: int, room: dict[str, int], *, seeds: list | None = None, **how
+) -> list[list[int]]:
+    """As `sample`, at most room["rows"] responses at a time: a number that is halved whenever the GPU's memory runs out."""
+    responses: list[list[int]] = []
+    while len(responses) < len(prompts) * num_samples:
+        start, count = len(responses) // num_samples, max(1, room["rows"] // num_samples)
+        some = slice(start, start + count)
+        try:
+            responses += sample(model, prompts[some], num_samples, seeds=seeds and seeds[some], **how)
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+            room["rows"] = min(count, len(prompts)) * num_samples // 2
+            print(f"rank {RANK}: out of memory; from now on it samples {room['rows']} responses at a time", flush=True)
+            torch.cuda.empty_cache()
+    return responses
+
+
+def evaluate(model, tokenizer, task: Task, problems: list[dict], room: dict[str, int], **limits) -> list[float]:
+    """[greedy accuracy, mean response tokens] on `problems`, which the ranks share; limits of `sample`."""
     mine = problems[RANK::WORLD_SIZE]
-    for start in progress(range(0, len(mine), rows), "evaluating", delay=2):
-        some = mine[start : start + rows]
-        responses = sample(model, [problem["prompt"] for problem in some], 1, temperature=0, **limits)
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        results += [(task.reward(text, problem["answer"]), len(r)) for text, r, problem in zip(texts, responses, some)]
-    return np.array(gather(results)).mean(0).tolist()
+    responses = sample_in_parts(model, [problem["prompt"] for problem in mine], 1, room, temperature=0, **limits)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    results = [(task.reward(text, problem["answer"]), len(r)) for text, r, problem in zip(texts, responses, mine)]
+    return np.array(gather(results, "an evaluation")).mean(0).tolist()
 
 
-def train(
-    config: Config, policy: torch.nn.Module, tokenizer, problems: list[dict], held_out: list[dict], output: Path
-) -> list[float]:
-    """Algorithm 1: trains `policy` in place; each iteration and evaluation adds a row to OUTPUT/metrics.jsonl.
+def train(config: Config, state: State, tokenizer, problems: list[dict], held_out: list[dict], output: Path) -> None:
+    """Algorithm 1: trains the policy in place; each iteration and evaluation adds a row to OUTPUT/metrics.jsonl.
 
     Args:
+        state: where to begin; a checkpoint of it is written every `save_every` iterations and at the end.
         problems, held_out: rows with `prompt` (token ids), `question` and `answer`.
-    Returns:
-        accuracy on the held-out problems at each evaluation, the first before any training; empty without evaluations.
     Raises:
         FloatingPointError: five updates in a row had a loss or gradient that is not finite.
+        SystemExit: a signal asked for the end; code 128 + its number.
+        OSError: a checkpoint cannot be written. TimeoutError: a rank is stuck or gone.
     """
+    policy, old_policy, optimizer = state.policy, state.old_policy, state.optimizer
     task, P, G, M = TASKS[config.task], config.prompts_per_step, config.num_samples, config.minibatches
     mine = slice(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE)  # this rank's places in a batch
-    limits = sampling_limits(tokenizer, policy, config.max_new_tokens)
-    old_policy = freeze(copy.deepcopy(policy), getattr(torch, config.dtype))
-    reference = freeze(copy.deepcopy(policy), getattr(torch, config.dtype)) if config.beta else None
-    fused = {"fused": True} if policy.device.type in ("cpu", "cuda") else {}
-    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, **fused)
-    accuracies, failures = [], 0
+    limits, room = sampling_limits(tokenizer, policy, config.max_new_tokens), {"rows": P * G // WORLD_SIZE}
 
-    def evaluation(step: int) -> str:
+    def evaluation() -> str:
         copy_weights(policy, old_policy)
-        accuracy, length = evaluate(old_policy, tokenizer, task, held_out, P * G // WORLD_SIZE, **limits)
-        accuracies.append(accuracy)
-        record(output, {"step": step, "eval_accuracy": accuracy, "eval_response_tokens": length})
+        accuracy, length = evaluate(old_policy, tokenizer, task, held_out, room, **limits)
+        record(output, state, {"step": state.step, "eval_accuracy": accuracy, "eval_response_tokens": length})
         return f"held-out accuracy {accuracy:.3f}"
 
-    if held_out:
-        say(f"before training: {evaluation(0)}")
-    for step in progress(range(1, config.steps + 1), "training"):  # line 2 of Algorithm 1
+    if held_out and not state.rows:
+        say(f"before training: {evaluation()}")
+    for step in progress(range(state.step + 1, config.steps + 1), "training"):  # line 2 of Algorithm 1
         clock = [time.perf_counter()]
         # Line 4: θ* ← θ
         copy_weights(policy, old_policy)
+        optimizer.zero_grad()  # leaves the gradients' memory to sampling
         # Line 6: for each prompt of the batch
         places = range(P)[mine]
         batch = [problems[i] for i in draw_batch(len(problems), P, step, config.seed)[mine]]
         # Line 7: sample G responses from P_θ*
         seeds = [((config.seed << 32) + step << 32) + place for place in places]
         prompts, how = [row["prompt"] for row in batch], {"temperature": config.temperature, "top_p": config.top_p}
-        responses = sample(old_policy, prompts, G, seeds=seeds, **how, **limits)
+        responses = sample_in_parts(old_policy, prompts, G, room, seeds=seeds, **how, **limits)
         clock.append(time.perf_counter())
         # Lines 3 and 8: a new buffer D with the trajectories
         D = [Trajectory(places[i // G], prompts[i // G], response) for i, response in enumerate(responses)]
@@ -987,7 +1256,7 @@ def train(
         for i, t in enumerate(D):
             t.reward = task.reward(texts[i], batch[i // G]["answer"])
         facts = [(t.reward, len(t.response), t.response[-1] not in limits["eos_token_id"]) for t in D]
-        rewards, lengths, cut = torch.tensor(gather(facts), dtype=torch.float64).unbind(1)
+        rewards, lengths, cut = torch.tensor(gather(facts, "sampling"), dtype=torch.float64).unbind(1)
         weights = subtract_baseline(smooth_rewards(rewards).view(P, G), config.baseline)
         for t, weight in zip(D, weights[mine].flatten().tolist()):
             t.weight = weight
@@ -995,27 +1264,33 @@ def train(
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
         updates: list[dict] = []
         for part in list(range(M)) * config.epochs:
-            if weights[part::M].any() or reference is not None:
+            if weights[part::M].any() or state.reference is not None:
                 chosen, total = [t for t in D if t.place % M == part], weights[part::M].numel()
                 moved = old_policy if updates else None
-                updates.append(update(policy, optimizer, chosen, total, config, moved, reference))
-                failures = failures + 1 if updates[-1]["skipped"] else 0
-                if failures == 5:
-                    raise FloatingPointError("five updates in a row had a loss or gradient that is not finite")
+                updates.append(update(policy, optimizer, chosen, total, config, moved, state.reference))
         clock.append(time.perf_counter())
 
-        line = report(output, step, rewards, lengths, cut, weights, updates, clock)
+        state.step = step
+        line = report(output, state, rewards, lengths, cut, weights, updates, clock)
         if held_out and (step % config.eval_every == 0 or step == config.steps):
-            line += f"  {evaluation(step)}"
+            line += f"  {evaluation()}"
         say(line)
         if step % 10 == 1:
             say(f"      sampled, reward {D[0].reward:g}: {batch[0]['question']!r} → {texts[0]!r}")
-    return accuracies
+        stop = max(gather([max(STOP, default=0)], "an update"))
+        copy_weights(policy, old_policy)
+        if stop or step == config.steps or (config.save_every and step % config.save_every == 0):
+            save_checkpoint(output, state, config.keep)
+        if stop:
+            raise SystemExit(128 + stop)
+        skipped = [row["skipped_updates"] for row in state.rows if "reward" in row][-5:]
+        if len(skipped) == 5 and all(skipped):
+            raise FloatingPointError("five iterations in a row had a loss or gradient that is not finite")
 
 
-def report(output: Path, step: int, rewards, lengths, cut, weights, updates: list[dict], clock: list[float]) -> str:
+def report(output: Path, state: State, rewards, lengths, cut, weights, updates: list[dict], clock: list[float]) -> str:
     """Write an iteration's row of metrics.jsonl and return its line; an update's statistics are means over the updates."""
-    row = {"step": step, "reward": rewards.mean().item(), "response_tokens": lengths.mean().item()}
+    row = {"step": state.step, "reward": rewards.mean().item(), "response_tokens": lengths.mean().item()}
     for name in ("loss", "grad_norm", "kl", "entropy", "ess"):
         row[name] = float(np.mean([stats[name] for stats in updates])) if updates else None
     row["skipped_updates"] = sum(stats["skipped"] for stats in updates)
@@ -1023,20 +1298,20 @@ def report(output: Path, step: int, rewards, lengths, cut, weights, updates: lis
     row["cut"] = cut.mean().item()  # share of responses that reached the token limit
     row["sample_seconds"], row["update_seconds"], row["step_seconds"] = *np.diff(clock), clock[-1] - clock[0]
     row["tokens_per_second"] = lengths.sum().item() / row["step_seconds"]
-    record(output, row)
-    line = f"{step:4d}  reward {row['reward']:.3f}  length {row['response_tokens']:5.1f}  {row['step_seconds']:5.1f} s"
+    record(output, state, row)
+    line = f"{state.step:4d}  reward {row['reward']:.3f}  length {row['response_tokens']:5.1f}  {row['step_seconds']:5.1f} s"
     if not updates:
         return f"{line}  no signal: the samples of each prompt have the same reward, so there is nothing to learn from"
     line += f"  gradient norm {row['grad_norm']:.3f}  without signal {row['no_signal']:4.0%}"
     return line + f"  {row['skipped_updates']} updates skipped, not finite" * bool(row["skipped_updates"])
 
 
-def record(output: Path, row: dict) -> None:
+def record(output: Path, state: State, row: dict) -> None:
     """Append a row to OUTPUT/metrics.jsonl, in which null stands for a number that is missing or not finite."""
+    state.rows.append({key: value if value is not None and np.isfinite(value) else None for key, value in row.items()})
     if RANK == 0:
-        row = {key: value if value is not None and np.isfinite(value) else None for key, value in row.items()}
         with open(output / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(state.rows[-1]) + "\n")
 
 
 # -------- The command line --------------------------------------------------------------------------------------------
@@ -1046,6 +1321,20 @@ def say(text: str) -> None:
     """Print from the first process, above its progress bars."""
     if RANK == 0:
         (tqdm.write if sys.stderr.isatty() else partial(print, flush=True))(text)
+
+
+STOP: list[int] = []  # the signals that have asked this process to end
+
+
+def ask_to_stop(number: int, frame) -> None:
+    """Ctrl-C, or SIGTERM as clusters send it: training ends after this iteration. Ctrl-C once more ends it at once."""
+    if STOP and signal.SIGINT in (number, *STOP):
+        os._exit(128 + number)
+    STOP.append(number)
+    if LOCAL_RANK == 0:
+        os.write(
+            2, b"\nStopping: this iteration will be finished and a checkpoint written. Ctrl-C again ends at once.\n"
+        )
 
 
 def first_line(error: Exception) -> str:
@@ -1087,23 +1376,6 @@ def choose_device(config) -> None:
         config.dtype = "bfloat16" if bf16 else "float32"
 
 
-def start_processes(config) -> None:
-    """Try the device, and join the processes that torchrun started, each on a GPU of its own.
-
-    Raises:
-        ValueError: --device cannot be used.
-    """
-    try:
-        torch.empty(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device}: cannot be used here ({first_line(error)})") from error
-    if config.device == "cuda":
-        config.device = f"cuda:{LOCAL_RANK}"
-        torch.cuda.set_device(config.device)
-    if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
-
-
 def check(config: Config) -> None:
     """Raise ValueError for an option that cannot work, before anything is loaded; the message says what to change."""
 
@@ -1115,7 +1387,7 @@ def check(config: Config) -> None:
         require(name, getattr(config, name) >= 1, "must be at least 1")
     require("epochs", config.epochs >= 1, "must be at least 1")
     require("minibatches", 1 <= config.minibatches <= config.prompts_per_step, "must be 1 to --prompts-per-step")
-    for name in ("eval_every", "eval_problems", "warmup_steps", "seed", "beta"):
+    for name in ("eval_every", "eval_problems", "save_every", "warmup_steps", "seed", "beta"):
         require(name, 0 <= getattr(config, name) < np.inf, "must be at least 0")
     for name in ("temperature", "lr", "max_grad_norm"):
         require(name, 0 < getattr(config, name) < np.inf, "must be above 0")
@@ -1126,6 +1398,10 @@ def check(config: Config) -> None:
     require("num_samples", config.num_samples > 1 or config.baseline != "loo", "the baseline loo needs at least 2")
     require("prompts_per_step", config.prompts_per_step % WORLD_SIZE == 0, f"must divide among {WORLD_SIZE} processes")
     require("prompt_template", "{question}" in (config.prompt_template or "{question}"), "must contain {question}")
+    require("keep", config.keep >= 1, "must be at least 1")
+    require("resume", not config.resume or config.output, "needs --output, the directory of the run")
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    require("resume", config.resume or not restarts, "torchrun --max-restarts needs --resume, else it would begin anew")
     require("dtype", config.dtype in ("bfloat16", "float32"), "choose bfloat16 or float32")
 
 
@@ -1134,15 +1410,38 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
+# What may change when a run is resumed: how long it is, and what decides over memory, time and files only.
+CHANGEABLE = {
+    "steps",
+    "output",
+    "save_every",
+    "keep",
+    "resume",
+    "shard",
+    "gradient_checkpointing",
+    "micro_batch_tokens",
+}
+
+
 def make_output(config: Config) -> Path:
-    """The directory for the results: --output, or else a new one under runs/.
+    """The directory for the results: --output, or else a new one under runs/; with --resume it may hold this run already.
 
     Raises:
         ValueError: it holds another run or cannot be written.
     """
     output = Path(config.output or f"runs/{config.task}-{datetime.now():%Y%m%d-%H%M%S-%f}")
     if any((output / name).exists() for name in ("config.json", "metrics.jsonl", "model")):
-        raise ValueError(f"--output {output}: holds another run; name a new directory")
+        if not config.resume:
+            raise ValueError(f"--output {output}: holds another run; name a new directory, or --resume it")
+        try:
+            before = json.loads((output / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--output {output}: has no readable config.json of a run to resume") from error
+        for name in asdict(config).keys() - CHANGEABLE - {"device"}:
+            if name in before and before[name] != getattr(config, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(config, name)}: the run to resume has {before[name]}"
+                )
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -1187,53 +1486,75 @@ def response_limit(wanted: int | None, rows: list[dict], context: int) -> int:
     return limit
 
 
-def in_turn(work: Callable):
-    """The first process of each machine does the work, then the others: they find what it downloaded or built."""
-    waits = LOCAL_RANK > 0
-    if waits:
-        dist.barrier()
-    result = work()
-    if WORLD_SIZE > 1 and not waits:
-        dist.barrier()
-    return result
+def load(config: Config) -> tuple:
+    """(state, tokenizer, training problems, held-out problems, output): all that `train` needs. What is wrong shows here.
+
+    Raises:
+        ValueError: an option cannot work, or the ranks differ in their options, versions, data or weights.
+    """
+    check(config)
+    for known in ("FSDP2-wrapped module", "torch.distributed is disabled"):  # a view nobody writes to; one process
+        warnings.filterwarnings("ignore", known)
+    if RANK or not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    start_processes(config)
+    agree({f"--{name}": value for name, value in asdict(config).items() if name != "device"} | library_versions())
+    output = gather([make_output(config)] if RANK == 0 else [])[0]
+    task, name = TASKS[config.task], config.model
+    if name == "builtin":
+        name = "runs/sums-base"
+        in_turn(lambda: Path(name).exists() or build_base(Path(name), config.device))
+    tokenizer, context = in_turn(lambda: load_tokenizer(name))
+    problems, held_out = in_turn(lambda: load_problems(config, task, tokenizer, context))
+    state = begin(config, in_turn(lambda: load_policy(name, tokenizer)))
+    rows = {"the training data": problems, "the held-out data": held_out}
+    agree({what: hashlib.sha256(repr(row).encode()).hexdigest() for what, row in rows.items()})
+    agree({f"the weights {k}": bits(p) for k, p in state.old_policy.named_parameters()})
+    if config.resume:
+        load_checkpoint(output, state)
+        agree({"the checkpoint to resume": state.step})
+    if RANK == 0:
+        settings = {**asdict(config), "processes": WORLD_SIZE, "versions": library_versions()}
+        (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return state, tokenizer, problems, held_out, output
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `argv`, or else the process's own."""
     config = parse_config(list(sys.argv[1:] if argv is None else argv))
+    STOP.clear()
     try:
-        check(config)
-        start_processes(config)
-        output = make_output(config) if RANK == 0 else Path()
-        task, name = TASKS[config.task], config.model
-        if name == "builtin":
-            name = "runs/sums-base"
-            in_turn(lambda: Path(name).exists() or build_base(Path(name), config.device))
-        tokenizer, context = in_turn(lambda: load_tokenizer(name))
-        problems, held_out = in_turn(lambda: load_problems(config, task, tokenizer, context))
-        policy = in_turn(lambda: load_policy(name, tokenizer, config.device))
-    except ValueError as error:
+        state, tokenizer, problems, held_out, output = load(config)
+    except (ValueError, TimeoutError) as error:
         fail(error)
 
-    if RANK == 0:
-        settings = {**asdict(config), "processes": WORLD_SIZE, "versions": library_versions()}
-        (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    size = sum(p.numel() for p in policy.parameters()) / 1e6
+    size = sum(p.numel() for p in state.policy.parameters()) / 1e6
     say(f"{config.model}: {size:.1f}M parameters on {WORLD_SIZE} × {config.device}, {config.dtype}; {config.task}:")
     say(f"{len(problems)} problems to train on, {len(held_out)} held out. Results go to {output}")
+    if state.step:
+        say(f"Resuming after iteration {state.step}")
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        accuracies = train(config, policy, tokenizer, problems, held_out, output)
-    except FloatingPointError as error:
+        train(config, state, tokenizer, problems, held_out, output)
+    except (FloatingPointError, OSError) as error:
         fail(error, code=1)
-    finally:  # whatever ends the training, what was learned is kept
-        if RANK == 0:
-            freeze(policy, getattr(torch, config.dtype)).save_pretrained(output / "model")
-            tokenizer.save_pretrained(output / "model")
+    except torch.OutOfMemoryError as error:
+        advice = "smaller --micro-batch-tokens, --num-samples or --max-new-tokens, --gradient-checkpointing or --shard"
+        fail(f"the GPU's memory is too small: {advice} need less ({first_line(error)})", code=1)
+    finally:  # whatever ends the training, what was learned is kept: θ* is θ after the last whole iteration
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        try:
+            if RANK == 0:
+                save_model(state.old_policy, tokenizer, output / "model")
             say(f"The model is in {output / 'model'}")
+        except OSError as error:
+            fail(error, code=1)
+    accuracies = [row["eval_accuracy"] for row in state.rows if "eval_accuracy" in row]
     if accuracies:
         say(f"Accuracy on {len(held_out)} held-out problems: {accuracies[0]:.3f} before, {accuracies[-1]:.3f} after.")
     say(f"Score it with: python eval.py --model {output / 'model'} --task {config.task}")
-    if WORLD_SIZE > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -229,7 +229,7 @@ def load(options: Options) -> tuple:
         problem["prompt"] = ids
     wanted = header.get("max_new_tokens", options.max_new_tokens)
     options.max_new_tokens = empg.response_limit(wanted, problems, context)
-    model = in_turn(lambda: empg.load_policy(options.model, tokenizer, options.device))
+    model = in_turn(lambda: empg.load_policy(options.model, tokenizer)).to(options.device)
     finite = all(parameter.isfinite().all() for parameter in model.parameters())
     require(finite, f"--model {options.model}: has weights that are not finite; take an earlier checkpoint")
     return empg.freeze(model, getattr(torch, options.dtype)), tokenizer, problems, (header, rows, size)

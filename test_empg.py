@@ -1,5 +1,5 @@
 """The second half of the lesson: each test states the claim that it proves, on policies small enough to enumerate, on
-tiny real models, and on whole runs of the command. `pytest -q` takes about a minute on two cores and needs no network.
+tiny real models, and on whole runs of the command. `pytest -q` takes three minutes on two cores and needs no network.
 """
 
 import copy
@@ -25,6 +25,7 @@ import math_verify
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import empg
@@ -892,7 +893,7 @@ def options(model, output, /, **changes) -> list[str]:
 
 
 def load(path) -> torch.nn.Module:
-    return empg.load_policy(str(path), empg.load_tokenizer(str(path))[0], "cpu")
+    return empg.load_policy(str(path), empg.load_tokenizer(str(path))[0]).float()
 
 
 def metrics(output) -> list[dict]:
@@ -935,8 +936,13 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path, odd_is_right):
 
 def test_the_trained_weights_are_float32_and_dropout_is_off(tiny):
     """A checkpoint in bfloat16 is trained in float32, in which updates of 1e-6 survive."""
-    policy = load(tiny)
-    assert {p.dtype for p in policy.parameters()} == {torch.float32} and not policy.training
+    policy = empg.load_policy(str(tiny), empg.load_tokenizer(str(tiny))[0])
+    assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+    state = empg.begin(dataclasses.replace(config(beta=0.1), dtype="bfloat16"), policy)
+    dtypes = [{p.dtype for p in model.parameters()} for model in (state.policy, state.old_policy, state.reference)]
+    assert dtypes == [{torch.float32}, {torch.bfloat16}, {torch.float32}]
+    models = (state.policy, state.old_policy, state.reference)
+    assert not any(module.training for model in models for module in model.modules())
 
 
 def without_seconds(rows):
@@ -946,7 +952,9 @@ def without_seconds(rows):
 def test_the_seed_decides_the_run(tiny, tmp_path, odd_is_right, monkeypatch):
     """Two runs of one seed have the same metrics to the last digit; another seed, iteration or prompt draws anew."""
     used, sample = [], empg.sample
-    monkeypatch.setattr(empg, "sample", lambda *args, **how: used.extend(how.get("seeds", [])) or sample(*args, **how))
+    monkeypatch.setattr(
+        empg, "sample", lambda *args, **how: used.extend(how.get("seeds") or []) or sample(*args, **how)
+    )
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         empg.main(options(tiny, tmp_path / name, seed=seed))
     a, b, c = (without_seconds(metrics(tmp_path / name)) for name in "abc")
@@ -1012,8 +1020,8 @@ def test_updates_that_are_not_finite_are_skipped_and_stop_the_run(tiny, tmp_path
     monkeypatch.setattr(empg, "empg_loss", lambda *args: original(*args) * math.nan)
     with pytest.raises(SystemExit) as stop:
         empg.main(options(tiny, tmp_path, steps=9))
-    assert stop.value.code == 1 and "five updates in a row" in capsys.readouterr().err
-    assert [row["skipped_updates"] for row in metrics(tmp_path) if "reward" in row] == [1] * 4
+    assert stop.value.code == 1 and "five iterations in a row" in capsys.readouterr().err
+    assert [row["skipped_updates"] for row in metrics(tmp_path) if "reward" in row] == [1] * 5
     before, after = load(tiny), load(tmp_path / "model")
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
@@ -1043,59 +1051,367 @@ def test_held_out_problems_are_taken_out_of_the_training_data(tmp_path):
     assert len(held_out) == 1 and all(p["prompt"] for p in problems + held_out)
 
 
-CHILD = """
-import dataclasses, json, os, sys
+# What a run sees and does: the responses it samples, the gradients of its updates, kept in `seen`.
+WATCH = """
+import dataclasses, os, sys
 sys.path.insert(0, {here!r})
 import torch, empg
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-rank, trajectories = os.environ.get("RANK", "0"), []
+seen = {{"trajectories": [], "gradients": []}}
 original = empg.sample
-def sample(*args, **kwargs):
-    responses = original(*args, **kwargs)
-    if kwargs["temperature"]:
-        trajectories.append(responses)
+def sample(*args, **how):
+    responses = original(*args, **how)
+    if how["temperature"]:
+        seen["trajectories"].append(responses)
     return responses
 empg.sample = sample
 # signal on few prompts, so that the ranks differ in work and one may have none
 reward = lambda response, answer: float(len(response) % 2) if int(answer) % 3 == 0 else 0.0
 empg.TASKS["sums"] = dataclasses.replace(empg.TASKS["sums"], reward=reward)
-gradients = []
 def hook(optimizer, args, kwargs):
-    gradients.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]))
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+    held = [optimizer.param_groups[0]["params"], grads, *(s.values() for s in optimizer.state.values())]
+    held = [getattr(t, "_local_tensor", t).numel() for tensors in held for t in tensors if t.ndim]
+    seen["held"] = sum(held)
+    seen["gradients"].append(torch.cat([g.flatten() for g in whole]))
 register_optimizer_step_pre_hook(hook)
-out = sys.argv[1]
-empg.main(sys.argv[2:])
-torch.save({{"trajectories": trajectories, "gradients": gradients}}, f"{{out}}.{{rank}}.pt")
 """
+CHILD = (
+    WATCH
+    + """
+empg.main(sys.argv[2:])
+torch.save(seen, sys.argv[1] + "." + os.environ.get("RANK", "0"))
+"""
+)
 
 
-def test_two_processes_do_what_one_does(tiny, tmp_path):
-    """World sizes 1 and 2 draw the same trajectories and have the same gradients and metrics, with unequal work."""
-    child = tmp_path / "child.py"
-    child.write_text(CHILD.format(here=str(HERE)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, command in (("one", [sys.executable]), ("two", launch)):
-        args = options(tiny, tmp_path / name, steps=3, prompts_per_step=4, num_samples=8, beta=0.0)
-        done = subprocess.run(
-            [*command, str(child), str(tmp_path / f"{name}-seen"), *args],
-            check=False,
-            timeout=100,
-            capture_output=True,
-            text=True,
-        )
+def launch(processes: int, *more) -> list[str]:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *more]
+    return [str(word) for word in words]
+
+
+def run(command: list, timeout: float = 200, **how) -> subprocess.CompletedProcess:
+    """A command in a process of its own, one thread for each rank."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | how.pop("env", {})
+    how = {"capture_output": True, "text": True, "timeout": timeout, "env": env} | how
+    return subprocess.run([str(word) for word in command], check=False, **how)
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory):
+    path = tmp_path_factory.mktemp("child") / "child.py"
+    path.write_text(CHILD.format(here=str(HERE)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, child, tmp_path_factory):
+    """Runs with unequal work for their ranks, in one process: their options, what they see and what they record."""
+    runs = {}
+    for kind, more in {"plain": {"steps": 3}, "kl": {"steps": 2, "beta": 0.1, "minibatches": 2}}.items():
+        changes = {"num_samples": 8, "micro_batch_tokens": 60} | more
+        output = tmp_path_factory.mktemp(kind)
+        done = run([sys.executable, child, output / "seen", *options(tiny, output / "run", **changes)])
         assert done.returncode == 0, done.stderr
-    one, *two = (torch.load(tmp_path / f) for f in ("one-seen.0.pt", "two-seen.0.pt", "two-seen.1.pt"))
-    assert [a + b for a, b in zip(two[0]["trajectories"], two[1]["trajectories"])] == one["trajectories"]
-    assert len(one["gradients"]) == len(two[0]["gradients"]) == len(two[1]["gradients"]) >= 2
-    for single, left, right in zip(one["gradients"], two[0]["gradients"], two[1]["gradients"]):
-        assert torch.equal(left, right)
-        assert (left - single).norm() <= 1e-5 * single.norm()
-    for a, b in zip(
-        without_seconds(metrics(tmp_path / "one")), without_seconds(metrics(tmp_path / "two")), strict=True
-    ):
+        runs[kind] = changes, torch.load(output / "seen.0"), metrics(output / "run")
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("processes", "kind", "flags"),
+    [
+        (2, "plain", []),
+        (4, "kl", []),
+        (1, "kl", ["--shard"]),
+        (2, "kl", ["--shard"]),
+        (4, "plain", ["--shard", "--gradient-checkpointing"]),
+    ],
+)
+def test_any_number_of_processes_does_what_one_does(alone, processes, kind, flags, tiny, child, tmp_path):
+    """1, 2 and 4 processes, whole or sharded: the same trajectories, gradients within 1e-5, the same metrics."""
+    changes, single, rows = alone[kind]
+    args = options(tiny, tmp_path / "run", **changes)
+    done = run([*launch(processes), child, tmp_path / "seen", *args, *flags])
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"seen.{rank}") for rank in range(processes)]
+    if "--shard" in flags:  # weights, gradients and Adam's averages are split, but for what does not divide evenly
+        assert all(rank["held"] <= 1.1 * single["held"] / processes for rank in ranks)
+    drawn = [[r for part in parts for r in part] for parts in zip(*(rank["trajectories"] for rank in ranks))]
+    assert drawn == single["trajectories"]
+    for rank in ranks:
+        assert len(rank["gradients"]) == len(single["gradients"]) >= 2
+        for ours, theirs in zip(rank["gradients"], single["gradients"]):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    for a, b in zip(without_seconds(rows), without_seconds(metrics(tmp_path / "run")), strict=True):
         assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
             {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
         )
+
+
+# -------- Checkpoints and faults: real signals to real processes -------------------------------------------------------
+
+
+def same_run(one: Path, two: Path) -> None:
+    """Equal to the last bit: what was recorded, but for the seconds, and the weights of model and newest checkpoint."""
+    assert without_seconds(metrics(one)) == without_seconds(metrics(two))
+    files = [max(path.glob("checkpoints/*/*.safetensors")) for path in (one, two)]
+    weights = [[load_file(path / "model/model.safetensors"), load_file(file)] for path, file in zip((one, two), files)]
+    for a, b in zip(*weights, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, child, tmp_path_factory):
+    """A run of 12 iterations in one process that nothing disturbs."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    done = run([sys.executable, child, path / "seen", *options(tiny, path / "run", steps=12, save_every=1)])
+    assert done.returncode == 0, done.stderr
+    return path / "run"
+
+
+def test_a_resumed_run_is_the_run(tiny, undisturbed, child, tmp_path, capsys):
+    """Stopped after 5 iterations and resumed, even before its first checkpoint or after its end: the same to the last bit."""
+    command = [sys.executable, child, tmp_path / "seen"]
+    for steps in (5, 12, 12):
+        done = run([*command, *options(tiny, tmp_path / "run", steps=steps, save_every=3), "--resume"])
+        assert done.returncode == 0, done.stderr
+    same_run(undisturbed, tmp_path / "run")
+    assert [path.name for path in empg.checkpoints(tmp_path / "run")] == ["000009", "000012"]  # --keep 2
+
+
+@pytest.mark.parametrize(("first", "then", "flags"), [(2, 1, []), (1, 2, ["--shard"]), (2, 1, ["--shard"])])
+def test_a_checkpoint_resumes_on_another_number_of_processes(first, then, flags, tiny, undisturbed, child, tmp_path):
+    """2 → 1 and 1 → 2, sharded or whole: the metrics go on as if nothing had changed."""
+    for processes, steps, more in ((first, 2, flags), (then, 4, flags if then > 1 else [])):
+        args = options(tiny, tmp_path / "run", steps=steps)
+        done = run([*launch(processes), child, tmp_path / "seen", *args, *more, "--resume"])
+        assert done.returncode == 0, done.stderr
+    expected = [row for row in without_seconds(metrics(undisturbed)) if row["step"] <= 4]
+    for a, b in zip(without_seconds(metrics(tmp_path / "run")), expected, strict=True):
+        assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
+            {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
+        )
+
+
+def start(command: list, **how) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True, env=env, **how)
+
+
+def read_until(process: subprocess.Popen, text: str) -> str:
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} was never printed: {seen}")
+
+
+KILLS = int(os.environ.get("EMPG_KILLS", "3"))
+
+
+def test_no_kill_loses_more_than_the_work_since_the_last_checkpoint(tiny, child, undisturbed, tmp_path):
+    """SIGKILL at random moments, in the middle of writing too: the newest checkpoint is whole, and the end is the same."""
+    random, saved = np.random.default_rng(), 0
+    args = options(tiny, tmp_path / "run", steps=max(12, 2 * KILLS), save_every=1)
+    command = [sys.executable, child, tmp_path / "seen", *args, "--resume"]
+    for _ in range(KILLS):
+        process = start(command)
+        text = read_until(process, "Results go to")
+        if saved:
+            assert f"Resuming after iteration {saved}\n" in text + read_until(process, "Resuming")
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        saved = max([saved, *(int(path.name) for path in empg.checkpoints(tmp_path / "run"))])
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    if KILLS > 6:  # a soak needs a longer run to be equal to
+        undisturbed = tmp_path / "undisturbed"
+        done = run([*command[:3], *options(tiny, undisturbed, steps=2 * KILLS, save_every=1)])
+    same_run(undisturbed, tmp_path / "run")
+
+
+def test_torchrun_restarts_after_the_kill_of_a_rank(tiny, tmp_path, alone):
+    """torchrun --max-restarts with a rank that is killed by SIGKILL in the middle finishes like a run that is left alone."""
+    changes, _, rows = alone["plain"]
+    child = tmp_path / "child.py"
+    child.write_text(WATCH.format(here=str(HERE)) + KILLED)
+    args = options(tiny, tmp_path / "run", **changes, save_every=1)
+    done = run([*launch(2, "--max-restarts", 3), child, tmp_path / "killed", *args, "--resume"])
+    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
+    assert "Resuming after iteration 1" in done.stdout
+    for a, b in zip(without_seconds(rows), without_seconds(metrics(tmp_path / "run")), strict=True):
+        assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
+            {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
+        )
+
+
+KILLED = """
+import pathlib, signal
+save, flag = empg.save_checkpoint, pathlib.Path(sys.argv[1])
+def killed(output, state, keep):
+    if state.step == 2 and empg.RANK == 1 and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(output, state, keep)
+empg.save_checkpoint = killed
+empg.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_iteration(number, tiny, child, undisturbed, tmp_path):
+    """Ctrl-C and SIGTERM: the iteration is finished, checkpoint and model are written, and --resume goes on from there."""
+    args = options(tiny, tmp_path / "run", steps=1000, save_every=1000)
+    process = start([sys.executable, child, tmp_path / "seen", *args], stderr=subprocess.PIPE)
+    read_until(process, "   2  reward")
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "a checkpoint written" in error
+    (saved,) = empg.checkpoints(tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["step"] == int(saved.name) >= 2 and load(tmp_path / "run/model")
+    done = run([sys.executable, child, tmp_path / "seen", *options(tiny, tmp_path / "run", steps=12), "--resume"])
+    if rows[-1]["step"] <= 12:
+        assert done.returncode == 0, done.stderr
+        same_run(undisturbed, tmp_path / "run")
+
+
+def test_the_second_ctrl_c_ends_at_once(tiny, tmp_path):
+    """The first waits for the iteration, however long it lasts; the second does not."""
+    child = tmp_path / "child.py"
+    slow = "empg.sample_in_parts = lambda *args, **how: print('sampling', flush=True) or time.sleep(100)"
+    child.write_text(
+        f"import sys, time\nsys.path.insert(0, {str(HERE)!r})\nimport empg\n{slow}\nempg.main(sys.argv[1:])"
+    )
+    process = start([sys.executable, child, *options(tiny, tmp_path / "run", eval_every=0)], stderr=subprocess.PIPE)
+    read_until(process, "sampling")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # a cluster may say it twice
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 128 + signal.SIGINT
+
+
+FULL = """
+import resource
+save = empg.save_checkpoint
+def full(output, state, keep):
+    if state.step == 2:  # as a disk with room for 20,000 bytes more
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    save(output, state, keep)
+empg.save_checkpoint = full
+empg.main(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(tiny, tmp_path):
+    """A checkpoint that cannot be written ends the run with one line; the run resumes from the one before it."""
+    child = tmp_path / "child.py"
+    child.write_text(WATCH.format(here=str(HERE)) + FULL)
+    done = run([sys.executable, child, *options(tiny, tmp_path / "run", save_every=1)])
+    assert done.returncode == 1 and "000002 cannot be written: [Errno 27] File too large" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("run/model*"))
+    assert [path.name for path in empg.checkpoints(tmp_path / "run")] == ["000001"]
+    empg.main([*options(tiny, tmp_path / "run"), "--resume"])
+
+
+def shorten(path):
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 8)
+
+
+def flip(path):
+    with open(path, "r+b") as file:
+        file.seek(-100, 2)
+        byte = file.read(1)[0]
+        file.seek(-100, 2)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [(shorten, "*1-*.safetensors"), (flip, "*1-*.safetensors"), (Path.unlink, "*1-*.safetensors"),
+     (Path.unlink, "state.json"), (shorten, "state.json")],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_refused(damage, file, tiny, tmp_path, capsys, odd_is_right):
+    """A shortened or missing file, even a single bit: one line names the checkpoint and what to do; nothing is touched."""
+    args = options(tiny, tmp_path / "run", steps=3, save_every=1)
+    empg.main(args)
+    model = (tmp_path / "run/model/model.safetensors").read_bytes()
+    (path,) = (tmp_path / "run/checkpoints/000003").glob(file)
+    damage(path)
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    refuses(capsys, [*args, "--resume"], "checkpoints/000003", "damaged", "000002, remove it")
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == model
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    shutil.rmtree(path.parent)
+    empg.main([*args, "--resume"])
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == model
+
+
+def test_a_run_is_resumed_with_its_own_options(tiny, tmp_path, capsys, odd_is_right):
+    """Another --lr or --seed is another run; more --steps are not."""
+    empg.main(options(tiny, tmp_path / "run", steps=1))
+    refuses(capsys, [*options(tiny, tmp_path / "run", lr=1), "--resume"], "--lr 1.0", "has 0.001")
+    empg.main([*options(tiny, tmp_path / "run", steps=2), "--resume"])
+    assert "Resuming after iteration 1\n" in capsys.readouterr().out
+
+
+FAULTY = """
+import datetime, signal, time
+empg.TIMEOUT = datetime.timedelta(seconds=4)
+if empg.RANK == 1:
+    {fault}
+empg.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("empg.train = lambda *args: signal.signal(signal.SIGTERM, signal.SIG_DFL) and time.sleep(60)", "rank 1 did not finish an evaluation"),
+        ("empg.train = lambda *args: os._exit(9)", "rank 1 did not finish an evaluation"),
+        ("sys.argv += ['--lr', '0.5']", "--lr: rank 0 has 0.001, rank 1 has 0.5"),
+        ("empg.version = lambda name: '0'", "torch: rank 0 has"),
+        ("problems = empg.load_problems; empg.load_problems = lambda *a: (problems(*a)[0][1:], problems(*a)[1])",
+         "the training data: rank 0 has"),
+        ("load = empg.load_policy; empg.load_policy = lambda *a: load(*a).apply("
+         + "lambda m: hasattr(m, 'variance_epsilon') and m.weight.data.add_(1))", "the weights model.layers.0.input_layernorm.weight"),
+    ],
+    ids=["stuck", "gone", "option", "version", "data", "weights"],
+)  # fmt: skip
+def test_a_rank_that_is_stuck_or_differs_is_named(fault, message, tiny, tmp_path):
+    """Instead of hanging, or training on a mixture, the run ends with a line that names the rank and what is wrong."""
+    child = tmp_path / "child.py"
+    child.write_text(WATCH.format(here=str(HERE)) + FAULTY.format(fault=fault))
+    done = run([*launch(2), child, *options(tiny, tmp_path / "run")], timeout=100)
+    assert done.returncode and f"error: {message}" in done.stderr, done.stderr
+
+
+def test_out_of_memory_halves_what_is_sampled_at_a_time(tiny, tmp_path, odd_is_right, monkeypatch, capsys):
+    """Sampling that does not fit is done in halves, and says so; the trajectories and the run are the same."""
+    empg.main(options(tiny, tmp_path / "whole", eval_every=0))
+    original, sizes = empg.sample, []
+
+    def small(model, prompts, num_samples, *args, **how):
+        sizes.append(len(prompts) * num_samples)
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, prompts, num_samples, *args, **how)
+
+    monkeypatch.setattr(empg, "sample", small)
+    capsys.readouterr()
+    empg.main(options(tiny, tmp_path / "parts", eval_every=0))
+    assert sizes == [16, 8, 4, 4, 4, 4, 4, 4, 4, 4]
+    assert capsys.readouterr().out.count("out of memory; from now on it samples") == 2
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(SystemExit) as stop:
+        empg.main(options(tiny, tmp_path / "none", num_samples=8))
+    assert stop.value.code == 1 and "--max-new-tokens" in capsys.readouterr().err
 
 
 @needs_data
@@ -1419,7 +1735,7 @@ def test_responses_are_those_of_sample(scored, tmp_path):
     """Greedy responses, tokens and the cut mark are those of empg.sample on each problem alone."""
     scoring.main(["--model", scored, *QUICK, "--output", str(tmp_path / "r.jsonl")])
     tokenizer, _ = empg.load_tokenizer(scored)
-    policy = empg.load_policy(scored, tokenizer, "cpu")
+    policy = empg.load_policy(scored, tokenizer)
     task, limits = empg.TASKS["sums"], empg.sampling_limits(tokenizer, policy, 12)
     kinds = set()
     for row in rows_in(tmp_path / "r.jsonl")[1][::3]:
