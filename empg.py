@@ -1498,7 +1498,8 @@ def load(config: Config) -> tuple:
     if RANK or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     start_processes(config)
-    agree({f"--{name}": value for name, value in asdict(config).items() if name != "device"} | library_versions())
+    agree({f"--{name}": value for name, value in asdict(config).items() if name != "device"})
+    agree({f"version of {name}": number for name, number in library_versions().items()})
     output = gather([make_output(config)] if RANK == 0 else [])[0]
     task, name = TASKS[config.task], config.model
     if name == "builtin":

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1098,6 +1099,25 @@ def run(command: list, timeout: float = 200, **how) -> subprocess.CompletedProce
     return subprocess.run([str(word) for word in command], check=False, **how)
 
 
+def run_ranks(processes: int, command: list) -> None:
+    """As torchrun does it, but for watching over them, which takes seconds to start."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    env = os.environ | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [str(word) for word in command],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    errors = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), errors
+
+
 @pytest.fixture(scope="module")
 def child(tmp_path_factory):
     path = tmp_path_factory.mktemp("child") / "child.py"
@@ -1132,8 +1152,7 @@ def test_any_number_of_processes_does_what_one_does(alone, processes, kind, flag
     """1, 2 and 4 processes, whole or sharded: the same trajectories, gradients within 1e-5, the same metrics."""
     changes, single, rows = alone[kind]
     args = options(tiny, tmp_path / "run", **changes)
-    done = run([*launch(processes), child, tmp_path / "seen", *args, *flags])
-    assert done.returncode == 0, done.stderr
+    run_ranks(processes, [sys.executable, child, tmp_path / "seen", *args, *flags])
     ranks = [torch.load(tmp_path / f"seen.{rank}") for rank in range(processes)]
     if "--shard" in flags:  # weights, gradients and Adam's averages are split, but for what does not divide evenly
         assert all(rank["held"] <= 1.1 * single["held"] / processes for rank in ranks)
@@ -1170,24 +1189,21 @@ def undisturbed(tiny, child, tmp_path_factory):
     return path / "run"
 
 
-def test_a_resumed_run_is_the_run(tiny, undisturbed, child, tmp_path, capsys):
+def test_a_resumed_run_is_the_run(tiny, tmp_path, odd_is_right):
     """Stopped after 5 iterations and resumed, even before its first checkpoint or after its end: the same to the last bit."""
-    command = [sys.executable, child, tmp_path / "seen"]
-    for steps in (5, 12, 12):
-        done = run([*command, *options(tiny, tmp_path / "run", steps=steps, save_every=3), "--resume"])
-        assert done.returncode == 0, done.stderr
-    same_run(undisturbed, tmp_path / "run")
-    assert [path.name for path in empg.checkpoints(tmp_path / "run")] == ["000009", "000012"]  # --keep 2
+    empg.main(options(tiny, tmp_path / "whole", steps=8))
+    for steps in (5, 8, 8):
+        empg.main([*options(tiny, tmp_path / "parts", steps=steps, save_every=3), "--resume"])
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    assert [path.name for path in empg.checkpoints(tmp_path / "parts")] == ["000006", "000008"]  # --keep 2
 
 
-@pytest.mark.parametrize(("first", "then", "flags"), [(2, 1, []), (1, 2, ["--shard"]), (2, 1, ["--shard"])])
-def test_a_checkpoint_resumes_on_another_number_of_processes(first, then, flags, tiny, undisturbed, child, tmp_path):
-    """2 → 1 and 1 → 2, sharded or whole: the metrics go on as if nothing had changed."""
-    for processes, steps, more in ((first, 2, flags), (then, 4, flags if then > 1 else [])):
+def test_a_checkpoint_resumes_on_another_number_of_processes(tiny, undisturbed, child, tmp_path):
+    """2 sharded → 1 → 2 processes: the metrics go on as if nothing had changed."""
+    for processes, steps, flags in ((2, 2, ["--shard"]), (1, 4, []), (2, 6, [])):
         args = options(tiny, tmp_path / "run", steps=steps)
-        done = run([*launch(processes), child, tmp_path / "seen", *args, *more, "--resume"])
-        assert done.returncode == 0, done.stderr
-    expected = [row for row in without_seconds(metrics(undisturbed)) if row["step"] <= 4]
+        run_ranks(processes, [sys.executable, child, tmp_path / "seen", *args, *flags, "--resume"])
+    expected = [row for row in without_seconds(metrics(undisturbed)) if row["step"] <= 6]
     for a, b in zip(without_seconds(metrics(tmp_path / "run")), expected, strict=True):
         assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
             {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
@@ -1208,7 +1224,7 @@ def read_until(process: subprocess.Popen, text: str) -> str:
     raise AssertionError(f"{text!r} was never printed: {seen}")
 
 
-KILLS = int(os.environ.get("EMPG_KILLS", "3"))
+KILLS = int(os.environ.get("EMPG_KILLS", "2"))
 
 
 def test_no_kill_loses_more_than_the_work_since_the_last_checkpoint(tiny, child, undisturbed, tmp_path):
@@ -1242,6 +1258,7 @@ def test_torchrun_restarts_after_the_kill_of_a_rank(tiny, tmp_path, alone):
     done = run([*launch(2, "--max-restarts", 3), child, tmp_path / "killed", *args, "--resume"])
     assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
     assert "Resuming after iteration 1" in done.stdout
+    assert "error: rank 1 did not finish saving: it is stuck or was killed" in done.stderr
     for a, b in zip(without_seconds(rows), without_seconds(metrics(tmp_path / "run")), strict=True):
         assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
             {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
@@ -1273,8 +1290,8 @@ def test_a_signal_ends_a_run_after_its_iteration(number, tiny, child, undisturbe
     (saved,) = empg.checkpoints(tmp_path / "run")
     rows = metrics(tmp_path / "run")
     assert rows[-1]["step"] == int(saved.name) >= 2 and load(tmp_path / "run/model")
-    done = run([sys.executable, child, tmp_path / "seen", *options(tiny, tmp_path / "run", steps=12), "--resume"])
-    if rows[-1]["step"] <= 12:
+    if number == signal.SIGINT and rows[-1]["step"] < 12:
+        done = run([sys.executable, child, tmp_path / "seen", *options(tiny, tmp_path / "run", steps=12), "--resume"])
         assert done.returncode == 0, done.stderr
         same_run(undisturbed, tmp_path / "run")
 
@@ -1374,15 +1391,11 @@ empg.main(sys.argv[1:])
     ("fault", "message"),
     [
         ("empg.train = lambda *args: signal.signal(signal.SIGTERM, signal.SIG_DFL) and time.sleep(60)", "rank 1 did not finish an evaluation"),
-        ("empg.train = lambda *args: os._exit(9)", "rank 1 did not finish an evaluation"),
         ("sys.argv += ['--lr', '0.5']", "--lr: rank 0 has 0.001, rank 1 has 0.5"),
-        ("empg.version = lambda name: '0'", "torch: rank 0 has"),
-        ("problems = empg.load_problems; empg.load_problems = lambda *a: (problems(*a)[0][1:], problems(*a)[1])",
-         "the training data: rank 0 has"),
         ("load = empg.load_policy; empg.load_policy = lambda *a: load(*a).apply("
          + "lambda m: hasattr(m, 'variance_epsilon') and m.weight.data.add_(1))", "the weights model.layers.0.input_layernorm.weight"),
     ],
-    ids=["stuck", "gone", "option", "version", "data", "weights"],
+    ids=["stuck", "option", "weights"],
 )  # fmt: skip
 def test_a_rank_that_is_stuck_or_differs_is_named(fault, message, tiny, tmp_path):
     """Instead of hanging, or training on a mixture, the run ends with a line that names the rank and what is wrong."""
@@ -1390,6 +1403,19 @@ def test_a_rank_that_is_stuck_or_differs_is_named(fault, message, tiny, tmp_path
     child.write_text(WATCH.format(here=str(HERE)) + FAULTY.format(fault=fault))
     done = run([*launch(2), child, *options(tiny, tmp_path / "run")], timeout=100)
     assert done.returncode and f"error: {message}" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("what", ["version of torch", "the training data", "the checkpoint to resume"])
+def test_ranks_agree_on_everything_else(what, tiny, tmp_path, capsys, odd_is_right, monkeypatch):
+    """Libraries, data and the checkpoint are compared, too: here with a rank that says something else."""
+    empg.main(options(tiny, tmp_path, steps=1))
+
+    def with_another(values, phase=""):
+        facts = values[0] if values else None
+        return [*values, facts | {what: "other"}] if isinstance(facts, dict) and what in facts else values
+
+    monkeypatch.setattr(empg, "gather", with_another)
+    refuses(capsys, [*options(tiny, tmp_path), "--resume"], f"{what}: rank 0 has", "rank 1 has 'other'")
 
 
 def test_out_of_memory_halves_what_is_sampled_at_a_time(tiny, tmp_path, odd_is_right, monkeypatch, capsys):
