@@ -47,6 +47,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -91,12 +92,24 @@ class Config:
     max_new_tokens: int = HfArg(default=512, help="token limit of a response")
     temperature: float = HfArg(default=1.0, help="of sampling; the policy that is trained is the tempered one")
     top_p: float = HfArg(default=1.0, help="sample from the likeliest tokens that have this much probability together")
-    baseline: str = HfArg(default="loo", help="subtract the mean reward of: loo (other samples), group, batch; or none")
-    beta: float = HfArg(default=0.0, help="weight of KL(policy, initial policy); at 0 no reference model is loaded")
+    algo: str = HfArg(default="empg", help="empg, or grpo: the paper's baseline, which differs in advantage and loss")
+    smoothing: str | None = HfArg(default=None, help="of the rewards: sigmoid (empg's default) or none")
+    baseline: str | None = HfArg(
+        default=None, help="mean reward to subtract: loo (other samples; default), group, batch, none"
+    )
+    beta: float = HfArg(default=0.0, help="weight of KL(policy, anchor); at 0 there is no anchor")
+    anchor: str = HfArg(
+        default="initial", help="initial policy; ema, its moving average; or old, the policy that sampled"
+    )
+    ema_decay: float = HfArg(default=0.9, help="share of the anchor that stays when the ema anchor moves")
+    ema_every: int = HfArg(default=10, help="iterations between moves of the ema anchor")
+    kl: str = HfArg(default="k3", help="estimator of the KL: k3, or topk, exact over the likeliest tokens")
+    kl_topk: int | None = HfArg(default=None, help="how many tokens of topk are exact; by default 32")
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate")
     warmup_steps: int = HfArg(default=5, help="iterations over which the learning rate rises to its value")
     minibatches: int = HfArg(default=1, help="updates that a batch is split into")
     epochs: int = HfArg(default=1, help="passes over a batch")
+    replay: int = HfArg(default=1, help="iterations whose trajectories stay in the buffer and are learned from again")
     max_grad_norm: float = HfArg(default=1.0, help="the gradient is scaled down to this norm")
     micro_batch_tokens: int = HfArg(default=4096, help="tokens in one forward and backward pass: bounds the memory")
     eval_every: int = HfArg(default=10, help="iterations between evaluations on held-out problems; 0 for none")
@@ -108,6 +121,7 @@ class Config:
     gradient_checkpointing: bool = HfArg(
         default=False, help="less memory: compute each layer again when going backward"
     )
+    report_to: str | None = HfArg(default=None, help="tensorboard or wandb, beside metrics.jsonl")
     seed: int = HfArg(default=0, help="of the prompts' order and of sampling")
     device: str | None = HfArg(default=None, help="cuda, mps or cpu; by default the best that is there")
     dtype: str | None = HfArg(default=None, help="bfloat16 or float32; by default bfloat16 on GPUs that have it")
@@ -191,6 +205,37 @@ def empg_loss(logprobs: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor)
     return -(weights * logprobs.masked_fill(mask == 0, 0).sum(1)).mean()
 
 
+def grpo_advantages(rewards: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
+    """GRPO's weights: (r − mean) / (standard deviation + ε), over each prompt's samples (DeepSeekMath, section 4.1.2).
+
+    Args:
+        rewards: (P, G), prompts × samples.
+    Returns:
+        (P, G) advantages. Exactly 0 for a prompt whose samples all have the same reward.
+    """
+    return subtract_baseline(rewards, "group") / (rewards.std(1, correction=0, keepdim=True) + epsilon)
+
+
+def grpo_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor, clip: float = 0.2
+) -> torch.Tensor:
+    """−(1/N) Σᵢ (1/|τᵢ|) Σₜ min(ρₜ Aᵢ, clamp(ρₜ, 1 − clip, 1 + clip) Aᵢ), with ρₜ = π_θ / π_θ* (DeepSeekMath, Eq. 3).
+
+    Where θ = θ*, ρ is 1 and nothing is clipped: what is left of the difference to `empg_loss` is the mean over tokens, by
+    which a token of a long response weighs less, and the advantage.
+
+    Args:
+        logprobs, old_logprobs: (N, T) log-probabilities of the response tokens, under π_θ with gradient and under π_θ*.
+        mask: (N, T), 1 on the response.
+        advantages: (N,).
+    Returns:
+        scalar.
+    """
+    ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0).exp()
+    gain = torch.min(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
+    return -((gain * mask).sum(1) / mask.sum(1)).mean()
+
+
 def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """KL(π_θ ‖ π_ref) estimated at each sampled token: r − 1 − log r with r = π_ref / π_θ ("k3", Schulman 2020).
 
@@ -204,6 +249,37 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - 1 - log_ratio
+
+
+def kl_topk(logits: torch.Tensor, ref_logits: torch.Tensor, tokens: torch.Tensor, k: int) -> torch.Tensor:
+    """KL(π_θ ‖ π_ref) at each position: exact over the k likeliest tokens S, sampled over the rest (EMA-PG, 2602.04417).
+
+        Σ_{v∈S} π(v) log(π(v)/ref(v)) + [x ∉ S] ρ log(π(x)/ref(x)),   ρ = π(x) / stopgrad(π(x)) = 1
+
+    In expectation over x ~ π_θ both value and gradient are exact, at every k from 0 (sampled) to V (no sampling). The
+    logarithm behind ρ must keep its gradient: it is what ∇Σ_{v∉S} π(v) comes from.
+
+    What stays biased in training: x is drawn from π_θ*, so the sampled part is exact only while θ = θ*; and the gradient
+    at a position takes the tokens before it as given, though θ* chose them.
+
+    Args:
+        logits, ref_logits: (..., V) of π_θ, with gradient, and of π_ref.
+        tokens: (...), the sampled tokens x.
+        k: 0 to V.
+    Returns:
+        (...), in nats.
+    Raises:
+        ValueError: k is out of range.
+    """
+    if not 0 <= k <= logits.shape[-1]:
+        raise ValueError(f"k = {k} is not in 0..{logits.shape[-1]}, the size of the vocabulary")
+    log_pi = logits.log_softmax(-1)
+    log_ratio = log_pi - ref_logits.log_softmax(-1)
+    likeliest = log_pi.detach().topk(k, -1).indices
+    exact = (log_pi.gather(-1, likeliest).exp() * log_ratio.gather(-1, likeliest)).sum(-1)
+    log_pi_x, log_ratio_x = (x.gather(-1, tokens[..., None]).squeeze(-1) for x in (log_pi, log_ratio))
+    sampled = (log_pi_x - log_pi_x.detach()).exp() * log_ratio_x
+    return exact + sampled.masked_fill((likeliest == tokens[..., None]).any(-1), 0)
 
 
 def effective_sample_size(log_weights: torch.Tensor) -> float:
@@ -409,24 +485,13 @@ class TokenLogProbs(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def log_probs(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    *,
-    temperature: float = 1.0,
-    tokens_per_chunk: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """M-step: log π_θ(token | tokens before it) of every response token, with gradient.
+def response_states(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The last hidden states from which `model` predicts the response tokens, one after the other without padding.
 
-    Args:
-        model: a causal language model of transformers whose logits are its output embeddings times its last hidden state.
-        prompts: N lists of token ids, one per response.
-        responses: N lists of token ids.
-        temperature: as the tokens were sampled with: the policy is the tempered distribution.
-        tokens_per_chunk: of how many tokens the logits are held at a time; by default what suits the device.
     Returns:
-        log-probabilities, (N, T) float32 (or float64 as the model), 0 on padding; and their mask, (N, T) bool.
+        (n, H) hidden states, (n,) the tokens, and (N, T) bool, where a response of the batch has a token.
     Raises:
         ValueError: unequal numbers of prompts and responses, or an empty one.
     """
@@ -435,7 +500,7 @@ def log_probs(
     # Padding stands on the right, after all that is read: causal attention cannot see it, and needs no mask for it.
     rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses)]
     ids = pad_sequence(rows, batch_first=True).to(model.device)
-    # The last hidden state through the model's own forward, which gathers the weights of a sharded one; no logits.
+    # The model's own forward gathers the weights of a sharded model. It computes no logits.
     output = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=ids.new_empty(0))
     hidden = output.hidden_states[-1]
 
@@ -444,15 +509,61 @@ def log_probs(
     lengths = torch.tensor([len(r) for r in responses], device=model.device)
     column = torch.arange(ids.shape[1], device=model.device)
     is_response = (column >= starts[:, None]) & (column < (starts + lengths)[:, None])
-    hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]
+    hidden, tokens = hidden[:, :-1][is_response[:, 1:]], ids[is_response]
     if torch.is_autocast_enabled(hidden.device.type):  # which knows nothing of the products inside TokenLogProbs
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return hidden, tokens, torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]
 
+
+def in_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(n,) values of the response tokens → (N, T), 0 on padding."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def log_probs(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    tokens_per_chunk: int | None = None,
+    reference: torch.nn.Module | None = None,
+    topk: int = 0,
+) -> tuple[torch.Tensor, ...]:
+    """M-step: log π_θ(token | tokens before it) of every response token, with gradient.
+
+    Args:
+        model: a causal language model of transformers whose logits are its output embeddings times its last hidden state.
+        prompts: N lists of token ids, one per response.
+        responses: N lists of token ids.
+        temperature: as the tokens were sampled with: the policy is the tempered distribution.
+        tokens_per_chunk: of how many tokens the logits are held at a time; by default what suits the device.
+        reference, topk: if given, `kl_topk` to the reference is computed as well, from the same hidden states.
+    Returns:
+        log-probabilities, (N, T) float32 (or float64 as the model), 0 on padding; their mask, (N, T) bool; with a
+        reference, the KL, (N, T).
+    Raises:
+        ValueError: unequal numbers of prompts and responses, or an empty one.
+    """
+    hidden, tokens, mask = response_states(model, prompts, responses)
     chunk = tokens_per_chunk or (256 if hidden.device.type == "cpu" else 2048)  # each chunk is a pass over W
-    values = TokenLogProbs.apply(hidden, model.get_output_embeddings().weight, targets, temperature, chunk)
+    weight = model.get_output_embeddings().weight
+    values = in_rows(TokenLogProbs.apply(hidden, weight, tokens, temperature, chunk), mask)
+    if reference is None:
+        return values, mask
+    with torch.no_grad():
+        ref_hidden, ref_weight = (
+            response_states(reference, prompts, responses)[0],
+            reference.get_output_embeddings().weight,
+        )
 
-    mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values), mask
+    def kl(h: torch.Tensor, ref_h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        both = h @ weight.to(h.dtype).T, ref_h @ ref_weight.to(ref_h.dtype).T
+        logits, ref_logits = (x.to(torch.promote_types(x.dtype, torch.float32)) / temperature for x in both)
+        return kl_topk(logits, ref_logits, x, topk)
+
+    parts = zip(*(t.split(chunk // 4) for t in (hidden, ref_hidden, tokens)))  # several buffers of logits at a time
+    return values, mask, in_rows(torch.cat([checkpoint(kl, *part, use_reentrant=False) for part in parts]), mask)
 
 
 def freeze(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -473,6 +584,16 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
     """
     for new, old in zip(source.parameters(), target.parameters(), strict=True):
         old.copy_(new.to(old.dtype).full_tensor() if isinstance(new, DTensor) else new)
+
+
+@torch.no_grad()
+def move_anchor(reference: torch.nn.Module, policy: torch.nn.Module, decay: float) -> None:
+    """θ_ref ← decay · θ_ref + (1 − decay) · θ (EMA-PG), share by share."""
+    for model in (reference, policy):
+        if isinstance(model, FSDPModule):
+            model.reshard()
+    for anchor, new in zip(reference.parameters(), policy.parameters(), strict=True):
+        anchor.mul_(decay).add_(new, alpha=1 - decay)
 
 
 # -------- Tasks: problems and rewards ---------------------------------------------------------------------------------
@@ -965,21 +1086,38 @@ def progress(items: Iterable, description: str, **options) -> tqdm:
 
 
 @dataclass
+class Trajectory:
+    """An entry of the buffer D: τ = (prompt, rationale and answer) in token ids, its reward R and its weight R̃ − b."""
+
+    place: int  # of its prompt in the batch, which is the same however many processes share the batch
+    prompt: list[int]
+    response: list[int]
+    reward: float = 0.0
+    weight: float = 0.0
+    old: list[float] | None = None  # log π_θ*(token) of the response, once an update has needed it
+
+
+@dataclass
 class State:
-    """A run between two iterations. A checkpoint has all of it but θ*, which is made from θ, and a reference that is fixed."""
+    """A run between two iterations. A checkpoint has all of it but θ*, which is made from θ."""
 
     policy: torch.nn.Module  # θ
     old_policy: torch.nn.Module  # θ*, whole on every rank
     reference: torch.nn.Module | None  # π_ref of the KL term
     optimizer: torch.optim.Optimizer
     step: int = 0  # iterations done
+    buffer: list[list[Trajectory]] = field(default_factory=list)  # this rank's, of the last iterations, for --replay
     rows: list[dict] = field(default_factory=list)  # of metrics.jsonl
+    tracker: Callable[[dict, int], None] | None = None  # takes each row, too, for --report-to
 
 
 def begin(config: Config, policy: torch.nn.Module) -> State:
     """The state before the first iteration, from the base model on the CPU, which becomes the policy."""
     old_policy = freeze(copy.deepcopy(policy), getattr(torch, config.dtype)).to(config.device)
-    reference = spread(copy.deepcopy(policy).requires_grad_(False), config) if config.beta else None
+    reference = None
+    if config.beta:
+        old = config.anchor == "old"
+        reference = old_policy if old else spread(copy.deepcopy(policy).requires_grad_(False), config)
     policy = spread(policy, config)
     fused = {"fused": True} if policy.device.type in ("cpu", "cuda") else {}
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, **fused)
@@ -987,8 +1125,13 @@ def begin(config: Config, policy: torch.nn.Module) -> State:
 
 
 def tensors(state: State) -> dict[str, torch.Tensor]:
-    """What a checkpoint keeps: θ and Adam's averages, by name; the very tensors, so that loading into them restores them."""
+    """What a checkpoint keeps: θ, Adam's averages and the anchor, by name; the very tensors, so that loading restores them."""
+    for model in (state.policy, state.reference):
+        if isinstance(model, FSDPModule):
+            model.reshard()
     kept = {}
+    if state.reference is not None and state.reference is not state.old_policy:
+        kept = {f"reference.{name}": parameter.detach() for name, parameter in state.reference.named_parameters()}
     for name, parameter in state.policy.named_parameters():
         adam, fused = state.optimizer.state[parameter], state.optimizer.defaults["fused"]
         if not adam:  # as AdamW itself begins
@@ -1029,7 +1172,8 @@ def save_checkpoint(output: Path, state: State, keep: int) -> None:
     """
     path = output / "checkpoints" / f"{state.step:06d}"
     unfinished, kept = path.with_suffix(".unfinished"), tensors(state)
-    facts = {"step": state.step, "digests": digests(kept)}
+    buffer = [gather([asdict(t) for t in trajectories], "saving") for trajectories in state.buffer]
+    facts = {"step": state.step, "digests": digests(kept), "buffer": buffer}
     try:
         writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
         dcp.save(kept, storage_writer=writer, process_group=HOST)
@@ -1064,6 +1208,8 @@ def load_checkpoint(output: Path, state: State) -> None:
             advice = f"; to go on from {saved[-2].name}, remove it" if len(saved) > 1 else ""
             raise ValueError(f"checkpoint {saved[-1]} is damaged ({problem}){advice}")
         state.step = facts["step"]
+        buffer = [[Trajectory(**t) for t in trajectories] for trajectories in facts["buffer"]]
+        state.buffer = [t[RANK * len(t) // WORLD_SIZE : (RANK + 1) * len(t) // WORLD_SIZE] for t in buffer]
         copy_weights(state.policy, state.old_policy)
     if RANK == 0:
         for path in (output / "checkpoints").glob("*.unfinished"):
@@ -1106,17 +1252,6 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups
 
 
-@dataclass
-class Trajectory:
-    """An entry of the buffer D: τ = (prompt, rationale and answer) in token ids, its reward R and its weight R̃ − b."""
-
-    place: int  # of its prompt in the batch, which is the same however many processes share the batch
-    prompt: list[int]
-    response: list[int]
-    reward: float = 0.0
-    weight: float = 0.0
-
-
 def update(
     policy: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -1125,7 +1260,7 @@ def update(
     config: Config,
     old_policy: torch.nn.Module | None = None,
     reference: torch.nn.Module | None = None,
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """One update of θ along Eq. 12, less β ∇KL(π_θ ‖ π_ref). A gradient that is not finite leaves θ as it is.
 
     Args:
@@ -1135,10 +1270,11 @@ def update(
             ranks' gradients is the gradient of one process, however the trajectories are spread.
         config: the run's options.
         old_policy: θ*, to measure how far θ has moved; None while they are equal, at an iteration's first update.
-        reference: the initial policy, for the KL term; None without one.
+        reference: the anchor of the KL term; None without one.
     Returns:
         statistics over all ranks: loss; grad_norm, before clipping; entropy in nats per token, estimated by the mean of
-        −log π_θ over the tokens; kl to the reference in nats per token; ess; skipped, 1 for a gradient not finite.
+        −log π_θ over the tokens; kl to the reference, and kl_old, KL(θ* ‖ θ), in nats per token; ess; skipped, 1 for a
+        gradient not finite. None if no trajectory on any rank has a gradient.
     """
     device = next(policy.parameters()).device
     # What has weight 0 adds nothing to the gradient and is not computed. (With a KL term it does, and is.)
@@ -1147,38 +1283,51 @@ def update(
     groups = [[trajectories[i] for i in group] for group in micro_batches(lengths, config.micro_batch_tokens)]
     if config.shard:  # all ranks take part in every pass of a sharded model: those with fewer groups add idle ones
         groups += [[]] * (max(gather([len(groups)], "sampling")) - len(groups))
-    rows = []  # one per trajectory: weight, tokens, log P_θ(τ), KL, log P_θ(τ) − log P_θ*(τ)
+    how, topk = {"temperature": config.temperature}, {}
+    if reference is not None and config.kl == "topk":
+        vocabulary = policy.get_output_embeddings().weight.shape[0]
+        topk = {"reference": reference, "topk": min(32, vocabulary) if config.kl_topk is None else config.kl_topk}
+    rows = []  # one per trajectory: loss, tokens, log P_θ(τ), KL to the anchor, KL(θ* ‖ θ), log P_θ(τ) − log P_θ*(τ)
     optimizer.zero_grad()
     for group in progress(groups, "updating", delay=2):
         some = group or [Trajectory(0, [0], [0])]
         tokens = [t.prompt for t in some], [t.response for t in some]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            logprobs, mask = log_probs(policy, *tokens, temperature=config.temperature)
-            old, ref = logprobs.detach(), logprobs.detach()
+            logprobs, mask, *kl = log_probs(policy, *tokens, **how, **topk)
             with torch.no_grad():
-                if old_policy is not None:
-                    old, _ = log_probs(old_policy, *tokens, temperature=config.temperature)
-                if reference is not None:
-                    ref, _ = log_probs(reference, *tokens, temperature=config.temperature)
+                if any(t.old is None for t in some):
+                    old = logprobs.detach() if old_policy is None else log_probs(old_policy, *tokens, **how)[0]
+                    for t, values in zip(some, old.tolist()):
+                        t.old = t.old or values[: len(t.response)]
+                ref = log_probs(reference, *tokens, **how)[0] if reference is not None and not kl else logprobs.detach()
+        kl = (kl[0] if kl else kl_k3(logprobs, ref)).sum(1)
+        old = pad_sequence([logprobs.new_tensor(t.old) for t in some], batch_first=True)
         weights = logprobs.new_tensor([t.weight for t in some])
-        kl = (kl_k3(logprobs, ref) * mask).sum(1)
-        loss = empg_loss(logprobs, mask, weights) + config.beta * kl.mean()
+        if config.algo == "grpo":
+            kl = kl / mask.sum(1)  # GRPO's is a mean over tokens, too
+            loss = grpo_loss(logprobs, old, mask, weights) + config.beta * kl.mean()
+        else:
+            loss = empg_loss(logprobs, mask, weights) + config.beta * kl.mean()
         (loss * len(group) / total).backward()
-        columns = weights, mask.sum(1), logprobs.sum(1), kl, (logprobs - old).sum(1)
-        rows += list(zip(*(column.tolist() for column in columns)))[: len(group)]
-    weight, count, log_p, kl, log_w = np.array(gather(rows, "the passes of an update")).T
+        moved = (logprobs - old).detach()
+        columns = mask.sum(1), logprobs.sum(1), kl, kl_k3(old, logprobs.detach()).sum(1), moved.sum(1)
+        rows += [(loss.item(), *row) for row in zip(*(column.tolist() for column in columns))][: len(group)]
+    rows = gather(rows, "the passes of an update")
+    if not rows:
+        return None
     sum_gradients(policy)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
-    loss = float(config.beta * kl.sum() - weight @ log_p) / total
-    finite = bool(np.isfinite([grad_norm, loss]).all())
+    loss, count, log_p, kl, kl_old, log_w = np.array(rows).T
+    finite = bool(np.isfinite([grad_norm, loss.sum()]).all())
     if finite:
         optimizer.step()
     return {
-        "loss": loss,
+        "loss": float(loss.sum()) / total,
         "grad_norm": grad_norm,
         "entropy": float(-log_p.sum() / count.sum()),
         "kl": float("nan") if reference is None else float(kl.sum() / count.sum()),
+        "kl_old": float(kl_old.sum() / count.sum()),
         "ess": effective_sample_size(torch.from_numpy(log_w)),
         "skipped": int(not finite),
     }
@@ -1227,6 +1376,7 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
     task, P, G, M = TASKS[config.task], config.prompts_per_step, config.num_samples, config.minibatches
     mine = slice(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE)  # this rank's places in a batch
     limits, room = sampling_limits(tokenizer, policy, config.max_new_tokens), {"rows": P * G // WORLD_SIZE}
+    warned: set[str] = set()
 
     def evaluation() -> str:
         copy_weights(policy, old_policy)
@@ -1249,34 +1399,48 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
         prompts, how = [row["prompt"] for row in batch], {"temperature": config.temperature, "top_p": config.top_p}
         responses = sample_in_parts(old_policy, prompts, G, room, seeds=seeds, **how, **limits)
         clock.append(time.perf_counter())
-        # Lines 3 and 8: a new buffer D with the trajectories
-        D = [Trajectory(places[i // G], prompts[i // G], response) for i, response in enumerate(responses)]
+        # Line 8: into the buffer D, which keeps those of --replay iterations: 1, the paper's way, or more
+        new = [Trajectory(places[i // G], prompts[i // G], response) for i, response in enumerate(responses)]
+        state.buffer = [*state.buffer, new]
         # Line 9: reward each; from the rewards of all ranks come the weights R̃ − b of Eq. 12
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        for i, t in enumerate(D):
+        for i, t in enumerate(new):
             t.reward = task.reward(texts[i], batch[i // G]["answer"])
-        facts = [(t.reward, len(t.response), t.response[-1] not in limits["eos_token_id"]) for t in D]
-        rewards, lengths, cut = torch.tensor(gather(facts, "sampling"), dtype=torch.float64).unbind(1)
-        weights = subtract_baseline(smooth_rewards(rewards).view(P, G), config.baseline)
-        for t, weight in zip(D, weights[mine].flatten().tolist()):
+        facts = [
+            (t.reward, len(t.response), t.response[-1] not in limits["eos_token_id"], texts[i])
+            for i, t in enumerate(new)
+        ]
+        facts = gather(facts, "sampling")
+        weights = trajectory_weights(
+            torch.tensor([reward for reward, *_ in facts], dtype=torch.float64).view(P, G), config
+        )
+        for t, weight in zip(new, weights[mine].flatten().tolist()):
             t.weight = weight
-        # Line 12: update θ with Eq. 12 on samples from D, in M parts; a part without signal has no gradient
+        # Line 12: update θ with Eq. 12 on samples from D, in M parts
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
         updates: list[dict] = []
         for part in list(range(M)) * config.epochs:
-            if weights[part::M].any() or state.reference is not None:
-                chosen, total = [t for t in D if t.place % M == part], weights[part::M].numel()
-                moved = old_policy if updates else None
-                updates.append(update(policy, optimizer, chosen, total, config, moved, state.reference))
+            chosen = [t for trajectories in state.buffer for t in trajectories if t.place % M == part]
+            total = len(state.buffer) * weights[part::M].numel()
+            stats = update(policy, optimizer, chosen, total, config, old_policy if updates else None, state.reference)
+            updates += [stats] if stats else []  # without signal there is no gradient
+        # Line 3, of the next iteration: what is too old leaves D
+        state.buffer = state.buffer[len(state.buffer) - config.replay + 1 :] if config.replay > 1 else []
+        if config.beta and config.anchor == "ema" and step % config.ema_every == 0:
+            move_anchor(state.reference, policy, config.ema_decay)
         clock.append(time.perf_counter())
 
         state.step = step
-        line = report(output, state, rewards, lengths, cut, weights, updates, clock)
+        line = report(output, state, facts, weights, updates, clock)
         if held_out and (step % config.eval_every == 0 or step == config.steps):
             line += f"  {evaluation()}"
         say(line)
         if step % 10 == 1:
-            say(f"      sampled, reward {D[0].reward:g}: {batch[0]['question']!r} → {texts[0]!r}")
+            say(f"      sampled, reward {new[0].reward:g}: {batch[0]['question']!r} → {texts[0]!r}")
+        for kind, warning in warnings_of([row for row in state.rows if "reward" in row], P).items():
+            if kind not in warned:
+                say(f"      Warning: {warning}")
+                warned.add(kind)
         stop = max(gather([max(STOP, default=0)], "an update"))
         copy_weights(policy, old_policy)
         if stop or step == config.steps or (config.save_every and step % config.save_every == 0):
@@ -1288,30 +1452,96 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
             raise FloatingPointError("five iterations in a row had a loss or gradient that is not finite")
 
 
-def report(output: Path, state: State, rewards, lengths, cut, weights, updates: list[dict], clock: list[float]) -> str:
-    """Write an iteration's row of metrics.jsonl and return its line; an update's statistics are means over the updates."""
-    row = {"step": state.step, "reward": rewards.mean().item(), "response_tokens": lengths.mean().item()}
-    for name in ("loss", "grad_norm", "kl", "entropy", "ess"):
-        row[name] = float(np.mean([stats[name] for stats in updates])) if updates else None
+def trajectory_weights(rewards: torch.Tensor, config: Config) -> torch.Tensor:
+    """(P, G) rewards → (P, G) weights of the trajectories' gradients: R̃ − b of Eq. 12, or GRPO's advantages."""
+    if config.algo == "grpo":
+        return grpo_advantages(rewards)
+    if config.smoothing != "none":
+        rewards = smooth_rewards(rewards.flatten()).view_as(rewards)
+    return subtract_baseline(rewards, config.baseline or "loo")
+
+
+def report(output: Path, state: State, facts: list, weights, updates: list[dict], clock: list[float]) -> str:
+    """Write an iteration's row of metrics.jsonl and return its line.
+
+    An update's statistics are means over the updates, but for the two that say how far θ went from θ*: there the last counts.
+    """
+    rewards, lengths, cut, texts = zip(*facts)
+    row = {"step": state.step, "reward": np.mean(rewards), "response_tokens": np.mean(lengths)}
+    for name in ("loss", "grad_norm", "kl", "entropy"):
+        row[name] = np.mean([stats[name] for stats in updates]) if updates else None
+    row["ess"], row["kl_old"] = (updates[-1]["ess"], updates[-1]["kl_old"]) if updates else (None, None)
     row["skipped_updates"] = sum(stats["skipped"] for stats in updates)
     row["no_signal"] = (weights == 0).all(1).double().mean().item()  # share of prompts
-    row["cut"] = cut.mean().item()  # share of responses that reached the token limit
+    row["cut"] = np.mean(cut)  # share of responses that reached the token limit
+    row["distinct"] = len(set(texts))  # different responses
     row["sample_seconds"], row["update_seconds"], row["step_seconds"] = *np.diff(clock), clock[-1] - clock[0]
-    row["tokens_per_second"] = lengths.sum().item() / row["step_seconds"]
+    row["tokens_per_second"] = sum(lengths) / row["step_seconds"]
     record(output, state, row)
     line = f"{state.step:4d}  reward {row['reward']:.3f}  length {row['response_tokens']:5.1f}  {row['step_seconds']:5.1f} s"
     if not updates:
         return f"{line}  no signal: the samples of each prompt have the same reward, so there is nothing to learn from"
     line += f"  gradient norm {row['grad_norm']:.3f}  without signal {row['no_signal']:4.0%}"
+    line += f"  KL {row['kl']:.4f}" if state.reference is not None else ""
+    line += f"  effective samples {row['ess']:4.0%}" if row["ess"] < 0.99 else ""
     return line + f"  {row['skipped_updates']} updates skipped, not finite" * bool(row["skipped_updates"])
+
+
+def warnings_of(rows: list[dict], prompts: int) -> dict[str, str]:
+    """What may be going wrong, by kind, in words that help.
+
+    Args:
+        rows: of the iterations so far, as in metrics.jsonl.
+        prompts: P, in a batch.
+    """
+    found, last = {}, rows[-1]
+    if len(rows) >= 5 and all(row["no_signal"] == 1 for row in rows[-5:]):
+        found["signal"] = (
+            "five iterations without signal: each prompt's responses were all right or all wrong. Take problems nearer to"
+            " what the model can do, or more --num-samples, or see in its responses whether it knows the answer's form"
+        )
+    if last["ess"] is not None and last["ess"] < 0.5:
+        found["ess"] = (
+            f"the effective sample size of the importance weights that EMPG leaves out is {last['ess']:.0%}: θ has moved far"
+            " from θ*, which sampled. Lower --epochs, --minibatches, --replay or --lr"
+        )
+    norms = [row["grad_norm"] for row in rows[:-1][-20:] if row["grad_norm"] is not None]
+    if len(norms) >= 5 and last["grad_norm"] is not None and last["grad_norm"] > 10 * np.median(norms):
+        found["gradient"] = (
+            f"the gradient norm {last['grad_norm']:.3g} is more than ten times its running median {np.median(norms):.3g}."
+            " If rewards fall from here, lower --lr or --max-grad-norm"
+        )
+    few = last["distinct"] < prompts / 2
+    if few and last["reward"] < 0.5 * max(row["reward"] for row in rows):
+        found["collapse"] = (
+            "collapse: nearly all responses are the same text and the reward has fallen to less than half of its best. Go"
+            " back to a checkpoint before it, with a lower --lr, fewer --epochs, or --beta above 0"
+        )
+    return found
 
 
 def record(output: Path, state: State, row: dict) -> None:
     """Append a row to OUTPUT/metrics.jsonl, in which null stands for a number that is missing or not finite."""
-    state.rows.append({key: value if value is not None and np.isfinite(value) else None for key, value in row.items()})
+    row = {key: float(value) if value is not None and np.isfinite(value) else None for key, value in row.items()}
+    state.rows.append(row | {"step": state.step})
     if RANK == 0:
         with open(output / "metrics.jsonl", "a") as file:
             file.write(json.dumps(state.rows[-1]) + "\n")
+        if state.tracker:
+            state.tracker({key: value for key, value in row.items() if value is not None}, state.step)
+
+
+def open_tracker(name: str, config: Config, output: Path) -> Callable[[dict, int], None]:
+    """A function that hands a row of metrics.jsonl on to TensorBoard or Weights & Biases."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(output))
+        return lambda row, step: [writer.add_scalar(key, value, step) for key, value in row.items()] and writer.flush()
+    import wandb
+
+    wandb.init(project="empg", name=output.name, dir=output, config=asdict(config))
+    return lambda row, step: wandb.log(row, step=step)
 
 
 # -------- The command line --------------------------------------------------------------------------------------------
@@ -1383,9 +1613,9 @@ def check(config: Config) -> None:
         if not holds:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {advice}")
 
-    for name in ("steps", "prompts_per_step", "num_samples", "max_new_tokens", "micro_batch_tokens"):
+    counts = "steps prompts_per_step num_samples max_new_tokens micro_batch_tokens epochs replay keep ema_every"
+    for name in counts.split():
         require(name, getattr(config, name) >= 1, "must be at least 1")
-    require("epochs", config.epochs >= 1, "must be at least 1")
     require("minibatches", 1 <= config.minibatches <= config.prompts_per_step, "must be 1 to --prompts-per-step")
     for name in ("eval_every", "eval_problems", "save_every", "warmup_steps", "seed", "beta"):
         require(name, 0 <= getattr(config, name) < np.inf, "must be at least 0")
@@ -1394,11 +1624,23 @@ def check(config: Config) -> None:
     require("top_p", 0 < config.top_p <= 1, "must be above 0 and at most 1")
     require("task", config.task in TASKS, f"choose {', '.join(TASKS)}")
     require("model", config.model != "builtin" or config.task == "sums", f"cannot do {config.task}; name another model")
-    require("baseline", config.baseline in BASELINES, f"choose {', '.join(BASELINES)}")
-    require("num_samples", config.num_samples > 1 or config.baseline != "loo", "the baseline loo needs at least 2")
+    choices = {"algo": ("empg", "grpo"), "smoothing": (None, "sigmoid", "none"), "baseline": (None, *BASELINES)}
+    choices |= {"anchor": ("initial", "ema", "old"), "kl": ("k3", "topk"), "report_to": (None, "tensorboard", "wandb")}
+    for name, values in choices.items():
+        require(name, getattr(config, name) in values, f"choose {', '.join(value for value in values if value)}")
+    for name in ("smoothing", "baseline"):
+        grpo = config.algo == "grpo" and getattr(config, name) is not None
+        require(name, not grpo, "--algo grpo has its own; leave it out, or take --algo empg")
+    own = config.algo == "empg" and config.baseline in (None, "loo")
+    require("num_samples", config.num_samples > 1 or not own, "the baseline loo needs at least 2")
+    require("anchor", config.beta or config.anchor == "initial", "needs --beta above 0")
+    require("kl", config.beta or config.kl == "k3", "needs --beta above 0")
+    require("kl_topk", config.kl_topk is None or config.kl == "topk", "needs --kl topk")
+    require("ema_decay", 0 <= config.ema_decay <= 1, "must be 0 to 1")
+    package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(config.report_to, "json")
+    require("report_to", find_spec(package) is not None, f"is not installed; pip install {package}")
     require("prompts_per_step", config.prompts_per_step % WORLD_SIZE == 0, f"must divide among {WORLD_SIZE} processes")
     require("prompt_template", "{question}" in (config.prompt_template or "{question}"), "must contain {question}")
-    require("keep", config.keep >= 1, "must be at least 1")
     require("resume", not config.resume or config.output, "needs --output, the directory of the run")
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     require("resume", config.resume or not restarts, "torchrun --max-restarts needs --resume, else it would begin anew")
@@ -1417,6 +1659,7 @@ CHANGEABLE = {
     "save_every",
     "keep",
     "resume",
+    "report_to",
     "shard",
     "gradient_checkpointing",
     "micro_batch_tokens",
@@ -1507,7 +1750,11 @@ def load(config: Config) -> tuple:
         in_turn(lambda: Path(name).exists() or build_base(Path(name), config.device))
     tokenizer, context = in_turn(lambda: load_tokenizer(name))
     problems, held_out = in_turn(lambda: load_problems(config, task, tokenizer, context))
-    state = begin(config, in_turn(lambda: load_policy(name, tokenizer)))
+    policy = in_turn(lambda: load_policy(name, tokenizer))
+    vocabulary = policy.get_output_embeddings().weight.shape[0]
+    if not 0 <= (config.kl_topk or 0) <= vocabulary:
+        raise ValueError(f"--kl-topk {config.kl_topk}: must be 0 to {vocabulary}, the size of the model's vocabulary")
+    state = begin(config, policy)
     rows = {"the training data": problems, "the held-out data": held_out}
     agree({what: hashlib.sha256(repr(row).encode()).hexdigest() for what, row in rows.items()})
     agree({f"the weights {k}": bits(p) for k, p in state.old_policy.named_parameters()})
@@ -1517,6 +1764,7 @@ def load(config: Config) -> tuple:
     if RANK == 0:
         settings = {**asdict(config), "processes": WORLD_SIZE, "versions": library_versions()}
         (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        state.tracker = open_tracker(config.report_to, config, output) if config.report_to else None
     return state, tokenizer, problems, held_out, output
 
 

@@ -7,6 +7,7 @@ python eval.py --model ... --task gsm8k --num-samples 16            mean@16, pas
 python eval.py --model ... --task gsm8k --output FILE.jsonl         keeps the responses; interrupted, it goes on
 python eval.py --compare A.jsonl B.jsonl                            is B better than A by more than chance?
 python eval.py --curves RUN_DIR [RUN_DIR ...] --output curves.png   reward, accuracy and length while training
+python eval.py --gradients MODEL_DIR --output gradients.png         what baseline and importance weights do to the gradient
 python eval.py --behaviours FILE.jsonl                              decomposition, verification, backtracking
 """
 
@@ -33,7 +34,7 @@ from empg import RANK, TASKS, WORLD_SIZE, fail, first_line, gather, in_turn, pro
 
 @dataclass
 class Options:
-    """Every option; --compare, --curves and --behaviours FILE take no other but --json or --output."""
+    """Every option; --compare, --curves, --gradients and --behaviours FILE take no other but --json or --output."""
 
     model: str | None = HfArg(default=None, help="a hub name or a local directory, as runs/NAME/model")
     task: str | None = HfArg(default=None, help=", ".join(TASKS))
@@ -48,10 +49,13 @@ class Options:
     dtype: str | None = HfArg(default=None, help="bfloat16 or float32; by default bfloat16 on GPUs that have it")
     batch_size: int = HfArg(default=128, help="responses that a process samples at a time: bounds the memory")
     device: str | None = HfArg(default=None, help="cuda, mps or cpu; by default the best that is there")
-    output: str | None = HfArg(default=None, help="FILE.jsonl that gets every response; the picture of --curves")
+    output: str | None = HfArg(
+        default=None, help="FILE.jsonl that gets every response; the picture of a mode that draws"
+    )
     json: bool = HfArg(default=False, help="print the summary as one JSON object, all else to standard error")
     compare: list[str] | None = field(default=None, metadata={"help": "two results files of the same problems"})
     curves: list[str] | None = field(default=None, metadata={"help": "directories of runs: draws their metrics"})
+    gradients: str | None = HfArg(default=None, help="a model for the task sums, such as runs/sums-base")
     behaviours: str | None = field(
         default=None, metadata={"help": "a results file, or else this evaluation", "nargs": "?", "const": ""}
     )
@@ -89,7 +93,9 @@ STYLES = ("-", "--", "-.", ":")
 PANELS = {"reward": "reward, sampled", "eval_accuracy": "held-out accuracy, greedy"}
 PANELS |= {"response_tokens": "response tokens, sampled", "eval_response_tokens": "response tokens, held-out"}
 # Runs that differ in nothing else are seeds of one setting.
-NO_SETTING = {"seed", "output", "versions", "processes", "device", "eval_every"}
+NO_SETTING = {"seed", "output", "versions", "processes", "device", "eval_every", "report_to", *empg.CHANGEABLE} - {
+    "steps"
+}
 
 
 # -------- The mathematics: pure functions -----------------------------------------------------------------------------
@@ -429,11 +435,11 @@ def read_run(run: str) -> tuple[dict, dict[str, dict[int, float]]]:
         settings = dict(json.loads((Path(run) / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--curves {run}: has no config.json to be read; name the directory of a run") from error
-    metrics: dict[str, dict[int, float]] = {name: {} for name in PANELS}
+    metrics: dict[str, dict[int, float]] = {name: {} for name in (*PANELS, "ess")}
     for row in read_rows("--curves", Path(run) / "metrics.jsonl")[0]:
-        for name in PANELS:
+        for name, values in metrics.items():
             if isinstance(row.get("step"), int) and isinstance(row.get(name), int | float) and math.isfinite(row[name]):
-                metrics[name][row["step"]] = row[name]
+                values[row["step"]] = row[name]
     require(any(metrics.values()), f"--curves {run}: its metrics.jsonl holds no metrics yet; leave the run out")
     return {name: value for name, value in settings.items() if name not in NO_SETTING}, metrics
 
@@ -457,10 +463,12 @@ def draw_curves(runs: list[str], picture: str) -> None:
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, 2, figsize=(7, 5), layout="constrained", sharex=True, sharey="row")
+    lines = {}
     for i, (config, seeds) in enumerate(zip(configs, groups)):
         look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 1.4}
         several = ", ".join(f"{key} {config.get(key)}" for key in keys) + f": {len(seeds)} seeds"
         look["label"] = several if len(seeds) > 1 else Path(seeds[0][0]).resolve().name
+        lines[several if len(seeds) > 1 else look["label"]] = describe_run([metrics for _, metrics in seeds])
         for axis, name in zip(axes.flat, PANELS):
             steps = sorted(set.intersection(*(set(metrics[name]) for _, metrics in seeds)))
             values = np.array([[metrics[name][step] for step in steps] for _, metrics in seeds])
@@ -473,12 +481,126 @@ def draw_curves(runs: list[str], picture: str) -> None:
         axis.tick_params(labelleft=True)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    save_picture(figure, picture)
+    say(table("Accuracy, held-out; response tokens, sampled; mean ± standard deviation of the seeds", lines))
+
+
+def describe_run(seeds: list[dict[str, dict[int, float]]]) -> str:
+    """Accuracy after a sixth, a third and all of the iterations, and length and lowest effective sample size."""
+
+    def spread(values: list[float], digits: int) -> str:
+        text = f"{np.mean(values):.{digits}f}"
+        return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+    accuracies = [[metrics["eval_accuracy"][step] for step in sorted(metrics["eval_accuracy"])] for metrics in seeds]
+    words = []
+    if all(accuracies):
+        last = max(seeds[0]["eval_accuracy"])
+        some = sorted(
+            {min(seeds[0]["eval_accuracy"], key=lambda step: abs(step - last * x)) for x in (1 / 6, 1 / 3, 1)}
+        )
+        words += [f"after {step}: {spread([metrics['eval_accuracy'][step] for metrics in seeds], 3)}" for step in some]
+    length = [list(metrics["response_tokens"].values())[-1] for metrics in seeds]
+    words += [f"length {spread(length, 1)}"]
+    ess = [min(metrics["ess"].values(), default=1.0) for metrics in seeds]
+    return ", ".join([*words, f"lowest ESS {spread(ess, 2)}"])
+
+
+def save_picture(figure, picture: str) -> None:
     try:
         figure.savefig(picture, dpi=200, format=Path(picture).suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise ValueError(f"--output {picture}: cannot be written ({first_line(error)}); name another file") from error
-    finally:
-        plt.close(figure)
+    say(f"The picture is {picture}")
+
+
+def gradient_study(name: str, picture: str, seeds: int = 3, batches: int = 20, updates: int = 40) -> dict:
+    """What the baseline and the missing importance weights do to the gradient of one policy on the task sums.
+
+    First the policy stays as it is, and fresh batches give the gradient's variance with each baseline, relative to the
+    squared norm of its mean. Then it learns from one buffer again and again, and EMPG's gradient is compared with the one
+    that has the importance weights w = P_θ(τ)/P_θ*(τ) of the same trajectories.
+
+    Returns:
+        variance: by baseline, for each seed. distance: rows [seed, update, KL(θ* ‖ θ) in nats per response,
+        effective sample size, cosine and norm ratio of the gradient without weights to the one with them].
+    """
+    P, G, tokenizer = 32, 16, empg.load_tokenizer(name)[0]
+    problems = TASKS["sums"].problems(None, "train")
+    variance, distance = {kind: [] for kind in empg.BASELINES}, []
+
+    def gradient(model, L: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        parts = torch.autograd.grad(-(weights.flatten().to(L) * L).mean(), list(model.parameters()), retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    for seed in progress(range(seeds), "seeds"):
+        model = empg.load_policy(name, tokenizer).float()
+        limits = empg.sampling_limits(tokenizer, model, 40)
+
+        def draw(batch: int, seed=seed, model=model, limits=limits) -> tuple[list, list, torch.Tensor]:
+            rows = [problems[i] for i in empg.draw_batch(len(problems), P, batch, seed)]
+            prompts = tokenizer([row["question"] for row in rows])["input_ids"]
+            seeds = [((seed << 32) + batch << 32) + place for place in range(P)]
+            responses = empg.sample(model, prompts, G, seeds=seeds, **limits)
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            rewards = [TASKS["sums"].reward(text, rows[i // G]["answer"]) for i, text in enumerate(texts)]
+            smooth = empg.smooth_rewards(torch.tensor(rewards, dtype=torch.float64)).view(P, G)
+            return [p for p in prompts for _ in range(G)], responses, smooth
+
+        found = {kind: [] for kind in empg.BASELINES}
+        for batch in range(1, batches + 1):
+            prompts, responses, rewards = draw(batch)
+            L = empg.log_probs(model, prompts, responses)[0].sum(1)
+            for kind, gradients in found.items():
+                gradients.append(gradient(model, L, empg.subtract_baseline(rewards, kind)))
+        for kind, gradients in found.items():
+            g = torch.stack(gradients)
+            variance[kind].append((g.var(0).sum() / g.mean(0).square().sum()).item())
+
+        prompts, responses, rewards = draw(1)
+        weights, old = empg.subtract_baseline(rewards), None
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+        for step in range(updates + 1):
+            L = empg.log_probs(model, prompts, responses)[0].sum(1)
+            old = L.detach() if old is None else old
+            log_w = (L - old).detach()
+            ours = gradient(model, L, weights)
+            theirs = gradient(model, L, weights.flatten() * log_w.exp())
+            cosine = torch.cosine_similarity(ours, theirs, dim=0).item()
+            ess, ratio = empg.effective_sample_size(log_w), (ours.norm() / theirs.norm()).item()
+            distance.append([seed, step, empg.kl_k3(old, L.detach()).mean().item(), ess, cosine, ratio])
+            optimizer.zero_grad()
+            empg.empg_loss(L[:, None], torch.ones_like(L)[:, None], weights.flatten().to(L)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+    means = [np.mean(variance[kind]) for kind in empg.BASELINES]
+    left.bar(empg.BASELINES, means, yerr=[np.std(variance[kind]) for kind in empg.BASELINES], color=COLOURS[0])
+    left.set(ylabel="variance / |mean gradient|²", xlabel="baseline")
+    rows = np.array(distance).reshape(seeds, -1, 6).mean(0)
+    for column, label in ((3, "effective sample size"), (4, "cosine"), (5, "norm ratio")):
+        right.plot(rows[:, 2], rows[:, column], color=COLOURS[column - 3], linestyle=STYLES[column - 3], label=label)
+    right.set(xlabel="KL(θ* ‖ θ), nats per response", ylim=(0, None))
+    right.legend(frameon=False)
+    right.grid(alpha=0.3)
+    save_picture(figure, picture)
+    return {"variance": variance, "distance": distance}
+
+
+def describe_gradients(s: dict) -> str:
+    lines = {kind: f"variance / |mean|² {np.mean(v):.3f} ± {np.std(v):.3f}" for kind, v in s["variance"].items()}
+    rows = np.array(s["distance"])
+    rows = rows.reshape(len(set(rows[:, 0])), -1, 6).mean(0)
+    for _, step, kl, ess, cosine, ratio in (row for row in rows if row[1] in (0, 1, 2, 5, 10, 20, 40)):
+        lines[f"update {step:.0f}"] = f"KL {kl:.3f}  ESS {ess:.3f}  cosine {cosine:.3f}  norm ratio {ratio:.3f}"
+    return table("Gradients (means over the seeds, ± their standard deviation)", lines)
 
 
 # -------- The command line --------------------------------------------------------------------------------------------
@@ -486,12 +608,16 @@ def draw_curves(runs: list[str], picture: str) -> None:
 
 def check(options: Options) -> None:
     """Raise ValueError for options that cannot work, alone or together; fill in those that follow from others."""
-    modes = [name for name in ("model", "compare", "curves") if getattr(options, name)]
+    modes = [name for name in ("model", "compare", "curves", "gradients") if getattr(options, name)]
     modes += ["behaviours"] if options.behaviours else []
-    require(len(modes) == 1, "choose one of --model, --compare, --curves and --behaviours FILE; see eval.py --help")
+    require(
+        len(modes) == 1,
+        "choose one of --model, --compare, --curves, --gradients and --behaviours FILE; see eval.py --help",
+    )
     if modes != ["model"]:
         given = [flag(option.name) for option in fields(options) if getattr(options, option.name) != option.default]
-        extra = sorted({*given} - {flag(modes[0]), "--output" if options.curves else "--json"})
+        allowed = {"curves": {"--output"}, "gradients": {"--output", "--json"}}.get(modes[0], {"--json"})
+        extra = sorted({*given} - {flag(modes[0])} - allowed)
         require(not extra, f"{', '.join(extra)}: does not go with {flag(modes[0])}; leave it out")
         require(len(options.compare or "AB") == 2, "--compare: takes two results files")
         return
@@ -526,9 +652,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             elif options.behaviours:
                 summary = find_behaviours(read_results("--behaviours", options.behaviours)[1])
                 say(describe_behaviours(summary))
+            elif options.gradients:
+                say(describe_gradients(summary := gradient_study(options.gradients, options.output or "gradients.png")))
             elif RANK == 0:
                 draw_curves(options.curves, options.output or "curves.png")
-                say(f"The curves are in {options.output or 'curves.png'}")
         except ValueError as error:
             fail(error, program="eval.py")
         if options.model:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -241,6 +242,103 @@ def test_k3_estimates_the_reverse_kl():
     as_loss = gradient((log_pi.exp().detach() * k3).sum(), logits)
     torch.testing.assert_close(as_loss, gradient((ref.exp() * (ref - log_pi)).sum(), logits))
     assert (empg.kl_k3(ref, ref) == 0).all()
+
+
+@pytest.mark.parametrize("clip", [0.2, 1e9])
+def test_grpo_is_the_formula_of_deepseekmath(clip):
+    """Advantages, loss and gradient equal DeepSeekMath's equation, written out in loops over samples and tokens."""
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.tensor([[0.0, 1, 1, 0, 0], [0.3, 0.3, 0.3, 0.3, 0.3], [5, -1, 0, 2.5, 1]], dtype=torch.float64)
+    logprobs = torch.randn(15, 4, generator=g, dtype=torch.float64).requires_grad_()
+    old = (logprobs.detach() + 0.3 * torch.randn(15, 4, generator=g, dtype=torch.float64)).clone()
+    lengths = [1 + i % 4 for i in range(15)]
+    mask = torch.tensor([[1.0] * n + [0.0] * (4 - n) for n in lengths], dtype=torch.float64)
+
+    expected = 0.0
+    for p in range(3):
+        mean = sum(rewards[p].tolist()) / 5
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards[p].tolist()) / 5)
+        for i in range(5):
+            advantage, n = (rewards[p, i].item() - mean) / (std + 1e-6), 5 * p + i
+            for t in range(lengths[n]):
+                ratio = torch.exp(logprobs[n, t] - old[n, t])
+                clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
+                expected = expected - torch.minimum(ratio * advantage, clipped * advantage) / lengths[n] / 15
+    advantages = empg.grpo_advantages(rewards)
+    assert (advantages[1] == 0).all()
+    loss = empg.grpo_loss(logprobs, old, mask, advantages.flatten(), clip)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, logprobs), gradient(expected, logprobs))
+
+
+def test_grpo_at_the_old_policy_is_a_policy_gradient_with_a_mean_over_tokens():
+    """At θ = θ* nothing is clipped: GRPO's gradient is EMPG's with the advantage, divided by each response's length."""
+    logprobs, advantages = (
+        toy_logprobs(toy_logits(0)).detach().requires_grad_(),
+        torch.linspace(-1, 1, len(TRAJECTORIES)).double(),
+    )
+    grpo = gradient(empg.grpo_loss(logprobs, logprobs.detach(), MASK, advantages), logprobs)
+    ours = gradient(empg.empg_loss(logprobs, MASK, advantages / MASK.sum(1)), logprobs)
+    torch.testing.assert_close(grpo, ours)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 4, 8])
+def test_topk_kl_is_exact_in_value_and_gradient(k):
+    """Enumerated over 8 tokens, kl_topk has the KL's value and gradient at every k; the two forms in use have not.
+
+    With the logarithm of the sampled part detached, as published, the gradient is off wherever that part is used together
+    with an exact one; k3, used as a loss, has another gradient altogether.
+    """
+    torch.manual_seed(0)
+    logits = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(8, dtype=torch.float64)
+    log_pi, log_ref = logits.log_softmax(-1), ref.log_softmax(-1)
+    exact = (log_pi.exp() * (log_pi - log_ref)).sum()
+    truth, pi = gradient(exact, logits), log_pi.detach().exp()
+
+    def error(values: torch.Tensor) -> tuple[float, float]:  # of the expectation over the sampled token
+        mean = (pi * values).sum()
+        return (mean - exact).abs().item(), ((gradient(mean, logits) - truth).norm() / truth.norm()).item()
+
+    tokens = torch.arange(8)
+    ours = error(empg.kl_topk(logits.expand(8, 8), ref.expand(8, 8), tokens, k))
+    assert max(ours) < 1e-14
+    # What has REINFORCE's gradient ρ · stopgrad(log ratio) in place of ρ · log ratio
+    outside = torch.ones(8, dtype=torch.bool)
+    outside[log_pi.topk(k).indices] = False
+    head = (log_pi.exp() * (log_pi - log_ref))[~outside].sum()
+    detached = head + outside * (log_pi - log_pi.detach()).exp() * (log_pi - log_ref).detach()
+    value, slope = error(detached)
+    assert value < 1e-14 and (slope > 0.05 if 0 < k < 8 else slope < 1e-14)
+    value, slope = error(empg.kl_k3(log_pi, log_ref))
+    assert value < 1e-14 and slope > 0.05
+
+
+def test_topk_kl_of_a_model_is_that_of_its_logits():
+    """log_probs with a reference gives kl_topk, value and gradient, on the logits of both models, in chunks or not."""
+    model, reference = make_model(), make_model(seed=1).requires_grad_(False)
+    prompts, responses = [[3, 4, 5], [6]], [[7, 8, 1], [9, 10, 11, 12, 1]]
+    for chunk in (4, 100):
+        how = {"temperature": 0.7, "tokens_per_chunk": chunk, "reference": reference, "topk": 3}
+        values, mask, kl = empg.log_probs(model, prompts, responses, **how)
+        ours = torch.autograd.grad(kl.sum() + values.sum(), list(model.parameters()))
+        total = 0.0
+        for p, r in zip(prompts, responses):
+            ids = torch.tensor([p + r])
+            both = [m(ids).logits[0, len(p) - 1 : -1] / 0.7 for m in (model, reference)]
+            total = total + empg.kl_topk(*both, ids[0, len(p) :], 3).sum()
+            total = total + both[0].log_softmax(-1).gather(-1, ids[0, len(p) :, None]).sum()
+        torch.testing.assert_close(kl.sum() + values.sum(), total)
+        for a, b in zip(ours, torch.autograd.grad(total, list(model.parameters()))):
+            torch.testing.assert_close(a, b)
+        assert kl.shape == mask.shape and (kl[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("k", [-1, 9])
+def test_topk_beyond_the_vocabulary_is_refused(k):
+    """k counts tokens of the vocabulary."""
+    with pytest.raises(ValueError, match="not in 0..8"):
+        empg.kl_topk(torch.zeros(1, 8), torch.zeros(1, 8), torch.zeros(1, dtype=torch.long), k)
 
 
 def test_effective_sample_size():
@@ -512,6 +610,20 @@ def test_kl_term_has_its_gradient():
     assert stats["kl"] == pytest.approx(kl.item() / sum(len(t.response) for t in trajectories), rel=1e-6)
 
 
+def test_grpo_update_has_the_gradient_of_its_loss():
+    """--algo grpo: clipped ratios to θ*, a mean over each response's tokens, over the trajectories of all micro-batches."""
+    model, old, trajectories = make_model(), make_model(seed=1), make_trajectories(WEIGHTS)
+    grads, stats = update_gradient(model, trajectories, 9, config(algo="grpo"), old_policy=old)
+    loss = 0.0
+    for t in make_trajectories(WEIGHTS):
+        new, before = (plain_logprobs(m, t.prompt, t.response)[None] for m in (model, old))
+        one = empg.grpo_loss(new, before.detach(), torch.ones_like(new), torch.tensor([t.weight], dtype=torch.float64))
+        loss = loss + one / 9
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(grads, torch.cat([g.flatten() for g in expected]))
+    assert stats["loss"] == pytest.approx(loss.item())
+
+
 def test_ess_measures_the_distance_from_the_old_policy():
     """1 at θ = θ*, even for a model with dropout, which must be off in both; less for another θ."""
     model, trajectories = make_model(attention_dropout=0.5), make_trajectories(WEIGHTS)
@@ -519,6 +631,7 @@ def test_ess_measures_the_distance_from_the_old_policy():
         model, trajectories, 9, config(), old_policy=empg.freeze(copy.deepcopy(model), torch.float64)
     )
     assert same["ess"] == pytest.approx(1, abs=1e-12)
+    trajectories = make_trajectories(WEIGHTS)
     _, other = update_gradient(model, trajectories, 9, config(), old_policy=make_model(seed=1))
     kept = [t for t in trajectories if t.weight]
     w = torch.stack([
@@ -913,7 +1026,7 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path, odd_is_right):
     empg.main(options(tiny, tmp_path, steps=3, eval_every=2))
     rows = metrics(tmp_path)
     keys = {"step", "reward", "response_tokens", "loss", "grad_norm", "kl", "entropy", "ess", "sample_seconds",
-            "update_seconds", "step_seconds", "tokens_per_second", "no_signal", "cut", "skipped_updates"}  # fmt: skip
+            "update_seconds", "step_seconds", "tokens_per_second", "no_signal", "cut", "skipped_updates", "distinct", "kl_old"}  # fmt: skip
     steps = [row for row in rows if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2, 3] and all(keys == set(row) for row in steps)
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [0, 2, 3]
@@ -973,6 +1086,115 @@ def test_several_updates_on_one_buffer(tiny, tmp_path, odd_is_right, monkeypatch
     assert [args[3] for args in calls] == [8] * 6
     assert [args[5] is None for args in calls] == [True] + [False] * 5
     assert metrics(tmp_path)[1]["ess"] < 0.999
+
+
+def test_replay_keeps_the_last_iterations(tiny, tmp_path, odd_is_right, monkeypatch):
+    """--replay 2 learns from the trajectories of this iteration and the one before, each with its own weights and log P_θ*."""
+    seen, original = [], empg.update
+
+    def spy(*args):
+        before = [(t.response, t.weight, t.old) for t in args[2]]
+        result = original(*args)
+        seen.append((before, [(t.response, t.weight, t.old) for t in args[2]], args[3]))
+        return result
+
+    monkeypatch.setattr(empg, "update", spy)
+    empg.main(options(tiny, tmp_path, steps=3, replay=2, eval_every=0))
+    assert [len(before) for before, *_ in seen] == [16, 32, 32] and [total for *_, total in seen] == [16, 32, 32]
+    for (_, after, _), (before, again, _) in itertools.pairwise(seen):
+        assert after[-16:] == before[:16]  # the new ones of one iteration are the old ones of the next
+        kept = [t for t in again[:16] if t[1]]
+        assert kept and all(old == values for (_, _, old), (_, _, values) in zip(before[:16], again[:16]) if old)
+        assert all(old is None for _, _, old in before[16:])
+
+
+@pytest.mark.parametrize("anchor", ["initial", "ema", "old"])
+def test_anchors(anchor, tiny, tmp_path, odd_is_right, monkeypatch):
+    """The initial policy stays; the moving average follows θ_ref ← decay · θ_ref + (1 − decay) · θ; the old one is θ*."""
+    states, begin = [], empg.begin
+    monkeypatch.setattr(empg, "begin", lambda *args: states.append(begin(*args)) or states[0])
+    thetas, save = [], empg.save_checkpoint
+    flat = lambda model: torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def spy(output, state, keep):
+        thetas.append(flat(state.policy))
+        save(output, state, keep)
+
+    monkeypatch.setattr(empg, "save_checkpoint", spy)
+    empg.main(
+        options(tiny, tmp_path, steps=5, beta=0.1, anchor=anchor, ema_decay=0.7, ema_every=2, lr=0.01, save_every=1)
+    )
+    expected = flat(load(tiny))
+    if anchor == "ema":
+        for theta in (thetas[1], thetas[3]):
+            expected = 0.7 * expected + 0.3 * theta
+    if anchor == "old":
+        assert states[0].reference is states[0].old_policy
+    else:
+        torch.testing.assert_close(flat(states[0].reference), expected)
+    kl = [row["kl"] for row in metrics(tmp_path) if "kl" in row]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and (max(kl) > 1e-5) == (anchor != "old")
+
+
+def test_replay_and_a_moving_anchor_survive_a_resume(tiny, tmp_path, odd_is_right):
+    """What is in the buffer, and where the anchor is, are in the checkpoint: the resumed run is the run, to the last bit."""
+    more = {"replay": 3, "beta": 0.1, "anchor": "ema", "ema_every": 2, "minibatches": 2, "kl": "topk", "kl_topk": 2}
+    empg.main(options(tiny, tmp_path / "whole", steps=6, **more))
+    for steps in (3, 6):
+        empg.main([*options(tiny, tmp_path / "parts", steps=steps, **more), "--resume"])
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def quiet(**changes) -> dict:
+    """A row of metrics.jsonl with nothing to warn of."""
+    return {"reward": 0.5, "no_signal": 0.2, "ess": 1.0, "grad_norm": 1.0, "distinct": 60} | changes
+
+
+@pytest.mark.parametrize(
+    ("rows", "kinds"),
+    [
+        ([quiet()] * 9, set()),
+        ([quiet(no_signal=1, ess=None, grad_norm=None)] * 4, set()),
+        ([quiet(no_signal=1, ess=None, grad_norm=None)] * 5, {"signal"}),
+        ([quiet(), quiet(ess=0.49)], {"ess"}),
+        ([quiet()] * 5 + [quiet(grad_norm=10.1)], {"gradient"}),
+        ([quiet()] * 3 + [quiet(grad_norm=10.1)], set()),
+        ([quiet(), quiet(reward=0.2, distinct=3)], {"collapse"}),
+        ([quiet(), quiet(reward=0.9, distinct=3)], set()),
+        ([quiet(), quiet(reward=0.2)], set()),
+    ],
+)
+def test_warnings(rows, kinds):
+    """Each sign of failure has its warning, in words that say what to turn; a healthy run has none."""
+    found = empg.warnings_of(rows, 32)
+    assert set(found) == kinds and all("--" in text for text in found.values())
+
+
+def test_a_warning_is_printed_once(tiny, tmp_path, odd_is_right, capsys):
+    """A learning rate that is far too high: the line about the effective sample size comes once."""
+    empg.main(options(tiny, tmp_path, steps=4, epochs=4, lr=0.1, warmup_steps=0))
+    assert capsys.readouterr().out.count("Warning: the effective sample size") == 1
+
+
+def test_rows_are_reported_to_wandb_and_tensorboard(tiny, tmp_path, odd_is_right, capsys, monkeypatch):
+    """--report-to hands every row on, beside metrics.jsonl; a package that is not installed is an error that says so."""
+    monkeypatch.setattr(empg, "find_spec", lambda name: None)
+    refuses(capsys, options(tiny, tmp_path / "no", report_to="tensorboard"), "tensorboard", "pip install tensorboard")
+    logged, scalars = [], []
+    wandb = types.SimpleNamespace(init=lambda **how: None, log=lambda row, step: logged.append((step, row)))
+    writer = types.SimpleNamespace(add_scalar=lambda *values: scalars.append(values), flush=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda path: writer)
+    )
+    monkeypatch.setattr(empg, "find_spec", lambda name: "there")
+    for name in ("wandb", "tensorboard"):
+        empg.main(options(tiny, tmp_path / name, report_to=name))
+    rows = [(row["step"], {k: v for k, v in row.items() if v is not None}) for row in metrics(tmp_path / "wandb")]
+    assert [(step, row | {"step": step}) for step, row in logged] == rows
+    assert [value for name, value, _ in scalars if name == "reward"] == [
+        row["reward"] for row in metrics(tmp_path / "tensorboard") if "reward" in row
+    ]
 
 
 def test_sampling_is_from_the_policy_as_it_is(tiny, tmp_path, odd_is_right, monkeypatch):
@@ -1129,7 +1351,19 @@ def child(tmp_path_factory):
 def alone(tiny, child, tmp_path_factory):
     """Runs with unequal work for their ranks, in one process: their options, what they see and what they record."""
     runs = {}
-    for kind, more in {"plain": {"steps": 3}, "kl": {"steps": 2, "beta": 0.1, "minibatches": 2}}.items():
+    for kind, more in {
+        "plain": {"steps": 3},
+        "kl": {
+            "steps": 2,
+            "beta": 0.1,
+            "minibatches": 2,
+            "kl": "topk",
+            "kl_topk": 4,
+            "anchor": "ema",
+            "ema_every": 1,
+            "replay": 2,
+        },
+    }.items():
         changes = {"num_samples": 8, "micro_batch_tokens": 60} | more
         output = tmp_path_factory.mktemp(kind)
         done = run([sys.executable, child, output / "seen", *options(tiny, output / "run", **changes)])
@@ -1521,6 +1755,21 @@ def refuses(capsys, argv, *words):
         ({"task": "gsm8k", "data": "someone/no-such-data"}, ["someone/no-such-data", "local directory"]),
         ({"data": "anything"}, ["--data", "sums"]),
         ({"max_new_tokens": 60}, ["max-new-tokens 60", "context of 64", "at most 56"]),
+        ({"algo": "ppo"}, ["--algo ppo", "empg, grpo"]),
+        ({"algo": "grpo", "smoothing": "sigmoid"}, ["--smoothing sigmoid", "--algo grpo"]),
+        ({"algo": "grpo", "baseline": "loo"}, ["--baseline loo", "--algo grpo"]),
+        ({"smoothing": "tanh"}, ["--smoothing tanh", "sigmoid, none"]),
+        ({"kl": "topk"}, ["--kl topk", "--beta"]),
+        ({"anchor": "ema"}, ["--anchor ema", "--beta"]),
+        ({"anchor": "last", "beta": 0.1}, ["--anchor last", "initial, ema, old"]),
+        ({"beta": 0.1, "kl_topk": 4}, ["--kl-topk 4", "--kl topk"]),
+        ({"beta": 0.1, "kl": "topk", "kl_topk": -1}, ["--kl-topk -1", "0 to 18"]),
+        ({"beta": 0.1, "kl": "topk", "kl_topk": 19}, ["--kl-topk 19", "0 to 18"]),
+        ({"ema_decay": 1.5, "beta": 0.1}, ["--ema-decay 1.5", "0 to 1"]),
+        ({"ema_every": 0}, ["ema-every", "at least 1"]),
+        ({"replay": 0}, ["replay", "at least 1"]),
+        ({"keep": 0}, ["keep", "at least 1"]),
+        ({"report_to": "paper"}, ["report-to", "tensorboard, wandb"]),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -1994,6 +2243,16 @@ def test_behaviours_with_an_evaluation(scored, capsys):
     assert {b["responses"] for b in s["behaviours"].values()} == {0} and len(s["behaviours"]) == 3
 
 
+def test_gradient_study(scored, tmp_path, lenient):
+    """At θ = θ* the importance weights are 1 and the two gradients are equal; further updates part them."""
+    found = scoring.gradient_study(str(scored), str(tmp_path / "picture.png"), seeds=1, batches=3, updates=3)
+    first, *others = found["distance"]
+    assert first[2:] == pytest.approx([0, 1, 1, 1], abs=1e-6)
+    assert all(kl > 0 and ess < 1 for _, _, kl, ess, _, _ in others)
+    assert all(len(v) == 1 and v[0] > 0 for v in found["variance"].values())
+    assert "cosine 1.000" in scoring.describe_gradients(found) and (tmp_path / "picture.png").stat().st_size > 10_000
+
+
 def make_run(path, rewards, evaluations=(), **config):
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"task": "sums", "output": str(path), "seed": 0, **config}))
@@ -2036,7 +2295,7 @@ def test_curves(tmp_path, capsys, monkeypatch):
 
 
 BAD = {
-    "": "choose one of --model, --compare, --curves and --behaviours FILE",
+    "": "choose one of --model, --compare, --curves, --gradients and --behaviours FILE",
     "--behaviours": "choose one of",
     "--model MODEL --compare A B": "choose one of",
     "--model MODEL": "--task None: choose sums",
