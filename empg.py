@@ -49,6 +49,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -63,7 +64,14 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    HfArgumentParser,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.hf_argparser import HfArg
 
@@ -77,54 +85,52 @@ LAPTOP = (
 GPU = "--model Qwen/Qwen2.5-1.5B --task gsm8k"
 
 
+def option(default, help: str) -> Any:
+    return HfArg(default=default, help=help)
+
+
 @dataclass
 class Config:
     """Every option of a run. The defaults suit a pretrained language model; LAPTOP has those of the built-in one."""
 
-    model: str | None = HfArg(default=None, help="a hub name, a local directory, or builtin: the small model made here")
-    task: str | None = HfArg(default=None, help="sums, gsm8k or math-hard")
-    data: str | None = HfArg(default=None, help="local directory or hub name of a dataset with the task's columns")
-    prompt_template: str | None = HfArg(default=None, help="replaces the chat template; has {question} in it")
-    output: str | None = HfArg(default=None, help="directory for the results; by default a new one under runs/")
-    steps: int = HfArg(default=200, help="iterations: each samples one batch and learns from it")
-    prompts_per_step: int = HfArg(default=64, help="prompts in a batch, over all processes")
-    num_samples: int = HfArg(default=8, help="responses sampled for each prompt")
-    max_new_tokens: int = HfArg(default=512, help="token limit of a response")
-    temperature: float = HfArg(default=1.0, help="of sampling; the policy that is trained is the tempered one")
-    top_p: float = HfArg(default=1.0, help="sample from the likeliest tokens that have this much probability together")
-    algo: str = HfArg(default="empg", help="empg, or grpo: the paper's baseline, which differs in advantage and loss")
-    smoothing: str | None = HfArg(default=None, help="of the rewards: sigmoid (empg's default) or none")
-    baseline: str | None = HfArg(
-        default=None, help="mean reward to subtract: loo (other samples; default), group, batch, none"
-    )
-    beta: float = HfArg(default=0.0, help="weight of KL(policy, anchor); at 0 there is no anchor")
-    anchor: str = HfArg(
-        default="initial", help="initial policy; ema, its moving average; or old, the policy that sampled"
-    )
-    ema_decay: float = HfArg(default=0.9, help="share of the anchor that stays when the ema anchor moves")
-    ema_every: int = HfArg(default=10, help="iterations between moves of the ema anchor")
-    kl: str = HfArg(default="k3", help="estimator of the KL: k3, or topk, exact over the likeliest tokens")
-    kl_topk: int | None = HfArg(default=None, help="how many tokens of topk are exact; by default 32")
-    lr: float = HfArg(default=1e-6, help="AdamW's learning rate")
-    warmup_steps: int = HfArg(default=5, help="iterations over which the learning rate rises to its value")
-    minibatches: int = HfArg(default=1, help="updates that a batch is split into")
-    epochs: int = HfArg(default=1, help="passes over a batch")
-    replay: int = HfArg(default=1, help="iterations whose trajectories stay in the buffer and are learned from again")
-    max_grad_norm: float = HfArg(default=1.0, help="the gradient is scaled down to this norm")
-    micro_batch_tokens: int = HfArg(default=4096, help="tokens in one forward and backward pass: bounds the memory")
-    eval_every: int = HfArg(default=10, help="iterations between evaluations on held-out problems; 0 for none")
-    eval_problems: int = HfArg(default=256, help="held-out problems in an evaluation")
-    save_every: int = HfArg(default=20, help="iterations between checkpoints; 0 for none but the last")
-    keep: int = HfArg(default=2, help="checkpoints that stay; older ones are removed")
-    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output, if there is one")
-    shard: bool = HfArg(default=False, help="split weights, gradients and optimizer states over the processes (FSDP)")
-    gradient_checkpointing: bool = HfArg(
-        default=False, help="less memory: compute each layer again when going backward"
-    )
-    report_to: str | None = HfArg(default=None, help="tensorboard or wandb, beside metrics.jsonl")
-    seed: int = HfArg(default=0, help="of the prompts' order and of sampling")
-    device: str | None = HfArg(default=None, help="cuda, mps or cpu; by default the best that is there")
-    dtype: str | None = HfArg(default=None, help="bfloat16 or float32; by default bfloat16 on GPUs that have it")
+    model: str = option(None, "a hub name, a local directory, or builtin: the small model made here")
+    task: str = option(None, "sums, gsm8k or math-hard")
+    data: str | None = option(None, "local directory or hub name of a dataset with the task's columns")
+    prompt_template: str | None = option(None, "replaces the chat template; has {question} in it")
+    output: str | None = option(None, "directory for the results; by default a new one under runs/")
+    steps: int = option(200, "iterations: each samples one batch and learns from it")
+    prompts_per_step: int = option(64, "prompts in a batch, over all processes")
+    num_samples: int = option(8, "responses sampled for each prompt")
+    max_new_tokens: int = option(512, "token limit of a response")
+    temperature: float = option(1.0, "of sampling; the policy that is trained is the tempered one")
+    top_p: float = option(1.0, "sample from the likeliest tokens that have this much probability together")
+    algo: str = option("empg", "empg, or grpo: the paper's baseline, which differs in advantage and loss")
+    smoothing: str | None = option(None, "of the rewards: sigmoid (empg's default) or none")
+    baseline: str | None = option(None, "mean reward to subtract: loo (other samples; default), group, batch, none")
+    beta: float = option(0.0, "weight of KL(policy, anchor); at 0 there is no anchor")
+    anchor: str = option("initial", "initial policy; ema, its moving average; or old, the policy that sampled")
+    ema_decay: float = option(0.9, "share of the anchor that stays when the ema anchor moves")
+    ema_every: int = option(10, "iterations between moves of the ema anchor")
+    kl: str = option("k3", "estimator of the KL: k3, or topk, exact over the likeliest tokens")
+    kl_topk: int | None = option(None, "how many tokens of topk are exact; by default 32")
+    lr: float = option(1e-6, "AdamW's learning rate")
+    warmup_steps: int = option(5, "iterations over which the learning rate rises to its value")
+    minibatches: int = option(1, "updates that a batch is split into")
+    epochs: int = option(1, "passes over a batch")
+    replay: int = option(1, "iterations whose trajectories stay in the buffer and are learned from again")
+    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
+    micro_batch_tokens: int = option(4096, "tokens in one forward and backward pass: bounds the memory")
+    eval_every: int = option(10, "iterations between evaluations on held-out problems; 0 for none")
+    eval_problems: int = option(256, "held-out problems in an evaluation")
+    save_every: int = option(20, "iterations between checkpoints; 0 for none but the last")
+    keep: int = option(2, "checkpoints that stay; older ones are removed")
+    resume: bool = option(False, "go on from the newest checkpoint in --output, if there is one")
+    shard: bool = option(False, "split weights, gradients and optimizer states over the processes (FSDP)")
+    gradient_checkpointing: bool = option(False, "less memory: compute each layer again when going backward")
+    report_to: str | None = option(None, "tensorboard or wandb, beside metrics.jsonl")
+    seed: int = option(0, "of the prompts' order and of sampling")
+    device: str = option(None, "cuda, mps or cpu; by default the best that is there")
+    dtype: str = option(None, "bfloat16 or float32; by default bfloat16 on GPUs that have it")
 
 
 # -------- The mathematics: pure functions of tensors ------------------------------------------------------------------
@@ -311,7 +317,7 @@ def draw_tokens(
     Returns:
         (B,) token ids.
     """
-    if temperature == 0:
+    if uniforms is None:
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() if temperature == 1 else logits.float() / temperature, -1)
     if top_p < 1:
@@ -354,7 +360,7 @@ class GrowingLayer(DynamicLayer):
 
 @torch.no_grad()
 def sample(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     num_samples: int,
     max_new_tokens: int,
@@ -486,7 +492,7 @@ class TokenLogProbs(torch.autograd.Function):
 
 
 def response_states(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The last hidden states from which `model` predicts the response tokens, one after the other without padding.
 
@@ -521,13 +527,13 @@ def in_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def log_probs(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     *,
     temperature: float = 1.0,
     tokens_per_chunk: int | None = None,
-    reference: torch.nn.Module | None = None,
+    reference: PreTrainedModel | None = None,
     topk: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     """M-step: log π_θ(token | tokens before it) of every response token, with gradient.
@@ -566,7 +572,7 @@ def log_probs(
     return values, mask, in_rows(torch.cat([checkpoint(kl, *part, use_reentrant=False) for part in parts]), mask)
 
 
-def freeze(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def freeze(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself, from now on without gradients and dropout, its parameters in `dtype`.
 
     Buffers keep their precision: rotary frequencies in bfloat16 would shift every position.
@@ -577,17 +583,18 @@ def freeze(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
     """θ* ← θ (line 4 of Algorithm 1), rounding to the target's dtype.
 
     Of a sharded source one tensor after the other is put together, already rounded; no whole copy ever exists beside θ*.
     """
     for new, old in zip(source.parameters(), target.parameters(), strict=True):
-        old.copy_(new.to(old.dtype).full_tensor() if isinstance(new, DTensor) else new)
+        rounded = new.to(old.dtype)
+        old.copy_(rounded.full_tensor() if isinstance(rounded, DTensor) else rounded)
 
 
 @torch.no_grad()
-def move_anchor(reference: torch.nn.Module, policy: torch.nn.Module, decay: float) -> None:
+def move_anchor(reference: PreTrainedModel, policy: PreTrainedModel, decay: float) -> None:
     """θ_ref ← decay · θ_ref + (1 − decay) · θ (EMA-PG), share by share."""
     for model in (reference, policy):
         if isinstance(model, FSDPModule):
@@ -688,7 +695,7 @@ def gsm8k_reward(response: str, answer: str) -> float:
 WORDS = r"\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}"
 UNIT = r"(?:\s*" + WORDS + r"|(?<=\d) +(?!(?:or|and|pi)\b)[A-Za-z]{2,}[A-Za-z ]*)(?:\^\{?\d\}?)?"
 # What people read otherwise than math_verify does: (pattern, replacement)
-SPELLINGS = [
+SPELLINGS: Any = [
     (THOUSANDS, ","),
     (r"~|\\[,;:!]", " "),
     (r"[−–]", "-"),
@@ -813,7 +820,7 @@ def encode_prompts(tokenizer, task: Task, questions: Sequence[str], template: st
     return tokenizer(texts, add_special_tokens=not chat)["input_ids"]
 
 
-def stop_tokens(tokenizer, model: torch.nn.Module) -> list[int]:
+def stop_tokens(tokenizer, model: PreTrainedModel) -> list[int]:
     """Ids of the tokens that end a response: EOS, those of the model's generation config, and the end of a chat turn.
 
     A base model under a chat template often ends its turn with the template's own token, not with its EOS.
@@ -829,7 +836,7 @@ def stop_tokens(tokenizer, model: torch.nn.Module) -> list[int]:
     return sorted(stops)
 
 
-def sampling_limits(tokenizer, model: torch.nn.Module, max_new_tokens: int) -> dict:
+def sampling_limits(tokenizer, model: PreTrainedModel, max_new_tokens: int) -> dict:
     """The arguments of `sample` that say where a response ends."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return {"max_new_tokens": max_new_tokens, "eos_token_id": stop_tokens(tokenizer, model), "pad_token_id": pad}
@@ -856,6 +863,8 @@ def build_base(path: Path, device: str) -> None:
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    if path.exists():
+        return
     tokenizer = character_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
@@ -864,7 +873,7 @@ def build_base(path: Path, device: str) -> None:
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config).to(device).eval()
+        model = Qwen2ForCausalLM(config).to(device).eval()  # type: ignore[arg-type]
 
     rng, steps, batch, lr = np.random.default_rng(0), 500, 64, 4e-3
     problems = sums_problems(None, "train")
@@ -884,9 +893,8 @@ def build_base(path: Path, device: str) -> None:
             questions.append(problems[i]["question"])
         responses = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(demonstrations)["input_ids"]]
         # Supervised learning is the M-step with every weight 1.
-        loss = empg_loss(
-            *log_probs(model, tokenizer(questions)["input_ids"], responses), torch.ones(batch, device=device)
-        )
+        logprobs, mask = log_probs(model, tokenizer(questions)["input_ids"], responses)
+        loss = empg_loss(logprobs, mask, torch.ones(batch, device=device))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -897,7 +905,7 @@ def build_base(path: Path, device: str) -> None:
         save_model(model, tokenizer, path)
 
 
-def save_model(model: torch.nn.Module, tokenizer, path: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer, path: Path) -> None:
     """Write model and tokenizer for `from_pretrained`, whole or not at all.
 
     Raises:
@@ -932,7 +940,7 @@ def load_tokenizer(name: str):
     return tokenizer, getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
-def load_policy(name: str, tokenizer) -> torch.nn.Module:
+def load_policy(name: str, tokenizer) -> PreTrainedModel:
     """θ ← base model (line 1 of Algorithm 1), from a hub name or a local directory; on the CPU, in the dtype it is stored in.
 
     Raises:
@@ -961,7 +969,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 TIMEOUT = timedelta(
     minutes=30
 )  # how long a process waits for the slowest: longer than any sampling or evaluation lasts
-STORE: dist.Store | None = None  # where every rank notes how many meetings it has come to
+STORE: Any = None  # where every rank notes how many meetings it has come to
 HOST: dist.ProcessGroup | None = None  # the group for what is not on a GPU; None is the default one
 meetings = 0
 
@@ -1005,7 +1013,7 @@ def gather(values: list, phase: str = "starting") -> list:
         return values
     meetings += 1
     STORE.set(f"meetings of {RANK}", str(meetings))
-    parts = [None] * WORLD_SIZE
+    parts: list[list] = [[]] * WORLD_SIZE
     try:
         dist.all_gather_object(parts, values, group=HOST)
     except RuntimeError as error:
@@ -1039,17 +1047,17 @@ def in_turn(work: Callable):
     return result
 
 
-def sum_gradients(model: torch.nn.Module) -> None:
+def sum_gradients(model: PreTrainedModel) -> None:
     """Gradients summed over the ranks. (Those of a sharded model are, from its backward passes.)
 
     Once per update and as a sum, where DistributedDataParallel would average at every backward pass: ranks differ in
     how many trajectories carry weight, and a rank may have none.
     """
     if WORLD_SIZE > 1 and not isinstance(model, FSDPModule):
+        gradients = []
         for parameter in model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in model.parameters()]
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
         small = [g for g in gradients if g.numel() < 2**20]  # travel together: each journey has its delay
         together = parameters_to_vector(small)
         for g in (together, *(g for g in gradients if g.numel() >= 2**20)):
@@ -1057,7 +1065,7 @@ def sum_gradients(model: torch.nn.Module) -> None:
         vector_to_parameters(together, small)
 
 
-def spread(model: torch.nn.Module, config) -> torch.nn.Module:
+def spread(model: PreTrainedModel, config) -> PreTrainedModel:
     """The model itself, now in float32 on this rank's device: whole, or with --shard only this rank's share of it.
 
     In float32, whatever it is stored in: at a learning rate of 1e-6 bfloat16 would round most updates away. Sharded, a
@@ -1070,10 +1078,11 @@ def spread(model: torch.nn.Module, config) -> torch.nn.Module:
         mesh = init_device_mesh(config.device.split(":")[0], (WORLD_SIZE,))
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
         for module in (*layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-            module.set_gradient_divide_factor(1.0)  # a sum, as in sum_gradients
-            module.set_force_sum_reduction_for_comms(True)
-    return model.to(config.device).float()
+            sharded = fully_shard(module, mesh=mesh, mp_policy=precision)
+            sharded.set_gradient_divide_factor(1.0)  # a sum, as in sum_gradients
+            sharded.set_force_sum_reduction_for_comms(True)
+    model.to(config.device)  # type: ignore[arg-type]
+    return model.float()
 
 
 def progress(items: Iterable, description: str, **options) -> tqdm:
@@ -1101,9 +1110,9 @@ class Trajectory:
 class State:
     """A run between two iterations. A checkpoint has all of it but θ*, which is made from θ."""
 
-    policy: torch.nn.Module  # θ
-    old_policy: torch.nn.Module  # θ*, whole on every rank
-    reference: torch.nn.Module | None  # π_ref of the KL term
+    policy: PreTrainedModel  # θ
+    old_policy: PreTrainedModel  # θ*, whole on every rank
+    reference: PreTrainedModel | None  # π_ref of the KL term
     optimizer: torch.optim.Optimizer
     step: int = 0  # iterations done
     buffer: list[list[Trajectory]] = field(default_factory=list)  # this rank's, of the last iterations, for --replay
@@ -1111,9 +1120,9 @@ class State:
     tracker: Callable[[dict, int], None] | None = None  # takes each row, too, for --report-to
 
 
-def begin(config: Config, policy: torch.nn.Module) -> State:
+def begin(config: Config, policy: PreTrainedModel) -> State:
     """The state before the first iteration, from the base model on the CPU, which becomes the policy."""
-    old_policy = freeze(copy.deepcopy(policy), getattr(torch, config.dtype)).to(config.device)
+    old_policy = freeze(copy.deepcopy(policy), getattr(torch, config.dtype)).to(config.device)  # type: ignore[arg-type]
     reference = None
     if config.beta:
         old = config.anchor == "old"
@@ -1145,7 +1154,7 @@ def bits(tensor: torch.Tensor) -> int:
     """A number that changes with any bit of the tensor: the sum of its elements, read as integers; of a share, its part."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    return local.detach().contiguous().view(integers).sum(dtype=torch.int64).item()
+    return int(local.detach().contiguous().view(integers).sum(dtype=torch.int64))
 
 
 def digests(kept: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -1225,7 +1234,7 @@ def load_checkpoint(output: Path, state: State) -> None:
     state.rows = gather([rows] if RANK == 0 else [])[0]
 
 
-def cause(error: Exception) -> str:
+def cause(error: BaseException) -> str:
     """The first line of what went wrong on the first rank where something did."""
     failures = getattr(error, "failures", None)
     return first_line(next(iter(failures.values()))[0] if failures else error)
@@ -1253,13 +1262,13 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def update(
-    policy: torch.nn.Module,
+    policy: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     trajectories: Sequence[Trajectory],
     total: int,
     config: Config,
-    old_policy: torch.nn.Module | None = None,
-    reference: torch.nn.Module | None = None,
+    old_policy: PreTrainedModel | None = None,
+    reference: PreTrainedModel | None = None,
 ) -> dict[str, float] | None:
     """One update of θ along Eq. 12, less β ∇KL(π_θ ‖ π_ref). A gradient that is not finite leaves θ as it is.
 
@@ -1283,7 +1292,8 @@ def update(
     groups = [[trajectories[i] for i in group] for group in micro_batches(lengths, config.micro_batch_tokens)]
     if config.shard:  # all ranks take part in every pass of a sharded model: those with fewer groups add idle ones
         groups += [[]] * (max(gather([len(groups)], "sampling")) - len(groups))
-    how, topk = {"temperature": config.temperature}, {}
+    how: dict[str, Any] = {"temperature": config.temperature}
+    topk: dict[str, Any] = {}
     if reference is not None and config.kl == "topk":
         vocabulary = policy.get_output_embeddings().weight.shape[0]
         topk = {"reference": reference, "topk": min(32, vocabulary) if config.kl_topk is None else config.kl_topk}
@@ -1291,21 +1301,25 @@ def update(
     optimizer.zero_grad()
     for group in progress(groups, "updating", delay=2):
         some = group or [Trajectory(0, [0], [0])]
-        tokens = [t.prompt for t in some], [t.response for t in some]
+        prompts, responses = [t.prompt for t in some], [t.response for t in some]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            logprobs, mask, *kl = log_probs(policy, *tokens, **how, **topk)
+            logprobs, mask, *exact_kl = log_probs(policy, prompts, responses, **how, **topk)
             with torch.no_grad():
                 if any(t.old is None for t in some):
-                    old = logprobs.detach() if old_policy is None else log_probs(old_policy, *tokens, **how)[0]
+                    old = logprobs.detach()
+                    if old_policy is not None:
+                        old = log_probs(old_policy, prompts, responses, **how)[0]
                     for t, values in zip(some, old.tolist()):
                         t.old = t.old or values[: len(t.response)]
-                ref = log_probs(reference, *tokens, **how)[0] if reference is not None and not kl else logprobs.detach()
-        kl = (kl[0] if kl else kl_k3(logprobs, ref)).sum(1)
+                if reference is not None and not exact_kl:
+                    ref = log_probs(reference, prompts, responses, **how)[0]
+                else:
+                    ref = logprobs.detach()
+        kl = (exact_kl[0] if exact_kl else kl_k3(logprobs, ref)).sum(1)
         old = pad_sequence([logprobs.new_tensor(t.old) for t in some], batch_first=True)
         weights = logprobs.new_tensor([t.weight for t in some])
-        if config.algo == "grpo":
-            kl = kl / mask.sum(1)  # GRPO's is a mean over tokens, too
-            loss = grpo_loss(logprobs, old, mask, weights) + config.beta * kl.mean()
+        if config.algo == "grpo":  # whose KL is a mean over tokens, too
+            loss = grpo_loss(logprobs, old, mask, weights) + config.beta * (kl / mask.sum(1)).mean()
         else:
             loss = empg_loss(logprobs, mask, weights) + config.beta * kl.mean()
         (loss * len(group) / total).backward()
@@ -1316,17 +1330,17 @@ def update(
     if not rows:
         return None
     sum_gradients(policy)
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
-    loss, count, log_p, kl, kl_old, log_w = np.array(rows).T
-    finite = bool(np.isfinite([grad_norm, loss.sum()]).all())
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    losses, count, log_p, kls, kl_old, log_w = np.array(rows).T
+    finite = bool(np.isfinite([grad_norm, losses.sum()]).all())
     if finite:
         optimizer.step()
     return {
-        "loss": float(loss.sum()) / total,
+        "loss": float(losses.sum()) / total,
         "grad_norm": grad_norm,
         "entropy": float(-log_p.sum() / count.sum()),
-        "kl": float("nan") if reference is None else float(kl.sum() / count.sum()),
+        "kl": float("nan") if reference is None else float(kls.sum() / count.sum()),
         "kl_old": float(kl_old.sum() / count.sum()),
         "ess": effective_sample_size(torch.from_numpy(log_w)),
         "skipped": int(not finite),
@@ -1334,7 +1348,7 @@ def update(
 
 
 def sample_in_parts(
-    model: torch.nn.Module, prompts: list, num_samples: int, room: dict[str, int], *, seeds: list | None = None, **how
+    model: PreTrainedModel, prompts: list, num_samples: int, room: dict[str, int], *, seeds: list | None = None, **how
 ) -> list[list[int]]:
     """As `sample`, at most room["rows"] responses at a time: a number that is halved whenever the GPU's memory runs out."""
     responses: list[list[int]] = []
@@ -1426,7 +1440,7 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
             updates += [stats] if stats else []  # without signal there is no gradient
         # Line 3, of the next iteration: what is too old leaves D
         state.buffer = state.buffer[len(state.buffer) - config.replay + 1 :] if config.replay > 1 else []
-        if config.beta and config.anchor == "ema" and step % config.ema_every == 0:
+        if state.reference is not None and config.anchor == "ema" and step % config.ema_every == 0:
             move_anchor(state.reference, policy, config.ema_decay)
         clock.append(time.perf_counter())
 
@@ -1537,7 +1551,13 @@ def open_tracker(name: str, config: Config, output: Path) -> Callable[[dict, int
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(output))
-        return lambda row, step: [writer.add_scalar(key, value, step) for key, value in row.items()] and writer.flush()
+
+        def track(row: dict, step: int) -> None:
+            for key, value in row.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+
+        return track
     import wandb
 
     wandb.init(project="empg", name=output.name, dir=output, config=asdict(config))
@@ -1567,21 +1587,28 @@ def ask_to_stop(number: int, frame) -> None:
         )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def fail(message: object, code: int = 2, program: str = "empg.py"):
+def fail(message: object, code: int = 2, program: str = "empg.py") -> NoReturn:
     """End the process with one line on standard error; of several processes on a machine the first one prints it."""
     if LOCAL_RANK == 0:
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
+class OptionParser(HfArgumentParser):
+    """Reads a dataclass of options. Says in one line what is wrong with them."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; see python {self.prog} --help", program=self.prog)
+
+
 def parse_config(argv: list[str]) -> Config:
     """The options of a command line, with the recipe for this machine in front when it names no model."""
-    parser = HfArgumentParser(Config, prog="empg.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}; see python empg.py --help")
+    about = __doc__.splitlines()[0]
+    parser = OptionParser(Config, prog="empg.py", description=about, allow_abbrev=False)  # type: ignore[arg-type]
     given = parser.parse_args(argv)
     if given.model not in (None, "builtin"):
         recipe = []
@@ -1609,7 +1636,7 @@ def choose_device(config) -> None:
 def check(config: Config) -> None:
     """Raise ValueError for an option that cannot work, before anything is loaded; the message says what to change."""
 
-    def require(name: str, holds: bool, advice: str) -> None:
+    def require(name: str, holds: Any, advice: str) -> None:
         if not holds:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {advice}")
 
@@ -1637,8 +1664,8 @@ def check(config: Config) -> None:
     require("kl", config.beta or config.kl == "k3", "needs --beta above 0")
     require("kl_topk", config.kl_topk is None or config.kl == "topk", "needs --kl topk")
     require("ema_decay", 0 <= config.ema_decay <= 1, "must be 0 to 1")
-    package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(config.report_to, "json")
-    require("report_to", find_spec(package) is not None, f"is not installed; pip install {package}")
+    tracker = config.report_to
+    require("report_to", not tracker or find_spec(tracker), f"is not installed; pip install {tracker}")
     require("prompts_per_step", config.prompts_per_step % WORLD_SIZE == 0, f"must divide among {WORLD_SIZE} processes")
     require("prompt_template", "{question}" in (config.prompt_template or "{question}"), "must contain {question}")
     require("resume", not config.resume or config.output, "needs --output, the directory of the run")
@@ -1653,17 +1680,8 @@ def library_versions() -> dict[str, str]:
 
 
 # What may change when a run is resumed: how long it is, and what decides over memory, time and files only.
-CHANGEABLE = {
-    "steps",
-    "output",
-    "save_every",
-    "keep",
-    "resume",
-    "report_to",
-    "shard",
-    "gradient_checkpointing",
-    "micro_batch_tokens",
-}
+CHANGEABLE = {"steps", "output", "save_every", "keep", "resume", "report_to", "shard", "gradient_checkpointing"}
+CHANGEABLE |= {"micro_batch_tokens"}
 
 
 def make_output(config: Config) -> Path:
@@ -1680,7 +1698,7 @@ def make_output(config: Config) -> Path:
             before = json.loads((output / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"--output {output}: has no readable config.json of a run to resume") from error
-        for name in asdict(config).keys() - CHANGEABLE - {"device"}:
+        for name in asdict(config).keys() - {"device", *CHANGEABLE}:
             if name in before and before[name] != getattr(config, name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} {getattr(config, name)}: the run to resume has {before[name]}"
@@ -1747,7 +1765,7 @@ def load(config: Config) -> tuple:
     task, name = TASKS[config.task], config.model
     if name == "builtin":
         name = "runs/sums-base"
-        in_turn(lambda: Path(name).exists() or build_base(Path(name), config.device))
+        in_turn(lambda: build_base(Path(name), config.device))
     tokenizer, context = in_turn(lambda: load_tokenizer(name))
     problems, held_out = in_turn(lambda: load_problems(config, task, tokenizer, context))
     policy = in_turn(lambda: load_policy(name, tokenizer))

@@ -25,37 +25,33 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 
 import empg
-from empg import RANK, TASKS, WORLD_SIZE, fail, first_line, gather, in_turn, progress, say
+from empg import RANK, TASKS, WORLD_SIZE, OptionParser, fail, first_line, gather, in_turn, option, progress, say
 
 
 @dataclass
 class Options:
     """Every option; --compare, --curves, --gradients and --behaviours FILE take no other but --json or --output."""
 
-    model: str | None = HfArg(default=None, help="a hub name or a local directory, as runs/NAME/model")
-    task: str | None = HfArg(default=None, help=", ".join(TASKS))
-    data: str | None = HfArg(default=None, help="local directory or hub name of a dataset with the task's columns")
-    split: str = HfArg(default="test", help="test or train")
-    limit: int | None = HfArg(default=None, help="only so many problems, the first ones")
-    prompt_template: str | None = HfArg(default=None, help="replaces the chat template; has {question} in it")
-    num_samples: int = HfArg(default=1, help="responses to each problem")
-    temperature: float | None = HfArg(default=None, help="0 is greedy; by default 0 for one sample, 1 for several")
-    max_new_tokens: int | None = HfArg(default=None, help="token limit of a response; by default 1024, or what fits")
-    seed: int = HfArg(default=0, help="of sampling")
-    dtype: str | None = HfArg(default=None, help="bfloat16 or float32; by default bfloat16 on GPUs that have it")
-    batch_size: int = HfArg(default=128, help="responses that a process samples at a time: bounds the memory")
-    device: str | None = HfArg(default=None, help="cuda, mps or cpu; by default the best that is there")
-    output: str | None = HfArg(
-        default=None, help="FILE.jsonl that gets every response; the picture of a mode that draws"
-    )
-    json: bool = HfArg(default=False, help="print the summary as one JSON object, all else to standard error")
+    model: str | None = option(None, "a hub name or a local directory, as runs/NAME/model")
+    task: str | None = option(None, ", ".join(TASKS))
+    data: str | None = option(None, "local directory or hub name of a dataset with the task's columns")
+    split: str = option("test", "test or train")
+    limit: int | None = option(None, "only so many problems, the first ones")
+    prompt_template: str | None = option(None, "replaces the chat template; has {question} in it")
+    num_samples: int = option(1, "responses to each problem")
+    temperature: float | None = option(None, "0 is greedy; by default 0 for one sample, 1 for several")
+    max_new_tokens: int | None = option(None, "token limit of a response; by default 1024, or what fits")
+    seed: int = option(0, "of sampling")
+    dtype: str | None = option(None, "bfloat16 or float32; by default bfloat16 on GPUs that have it")
+    batch_size: int = option(128, "responses that a process samples at a time: bounds the memory")
+    device: str | None = option(None, "cuda, mps or cpu; by default the best that is there")
+    output: str | None = option(None, "FILE.jsonl that gets every response; the picture of a mode that draws")
+    json: bool = option(False, "print the summary as one JSON object, all else to standard error")
     compare: list[str] | None = field(default=None, metadata={"help": "two results files of the same problems"})
     curves: list[str] | None = field(default=None, metadata={"help": "directories of runs: draws their metrics"})
-    gradients: str | None = HfArg(default=None, help="a model for the task sums, such as runs/sums-base")
+    gradients: str | None = option(None, "a model for the task sums, such as runs/sums-base")
     behaviours: str | None = field(
         default=None, metadata={"help": "a results file, or else this evaluation", "nargs": "?", "const": ""}
     )
@@ -639,8 +635,7 @@ def check(options: Options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `argv`, or else the process's own."""
-    parser = HfArgumentParser(Options, prog="eval.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}; see python eval.py --help", program="eval.py")
+    parser = OptionParser(Options, prog="eval.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     options, stdout = Options(**vars(parser.parse_args(argv))), sys.stdout
     with contextlib.redirect_stdout(sys.stderr if options.json else stdout):
         try:
