@@ -149,6 +149,9 @@ def smooth_rewards(rewards: torch.Tensor) -> torch.Tensor:
         (N,) in (0, 1), non-decreasing in the reward; all 0.5 when the rewards are equal.
     Raises:
         ValueError: `rewards` is empty or has a non-finite entry.
+
+    >>> smooth_rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    tensor([0.8497, 0.3595, 0.3595, 0.3595])
     """
     if rewards.numel() == 0 or not rewards.isfinite().all():
         raise ValueError("smooth_rewards needs at least one reward, and finite ones")
@@ -178,6 +181,10 @@ def subtract_baseline(rewards: torch.Tensor, kind: str = "loo") -> torch.Tensor:
         (P, G) weights. With `loo` and `group`, exactly 0 for a prompt whose samples all have the same reward.
     Raises:
         ValueError: unknown kind, not a matrix, or `loo` with one sample per prompt.
+
+    >>> subtract_baseline(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+    tensor([[ 1.0000, -0.5000, -0.5000],
+            [ 0.0000,  0.0000,  0.0000]])
     """
     if rewards.ndim != 2 or (kind == "loo" and rewards.shape[1] < 2):
         raise ValueError(f"baseline {kind!r} needs (prompts, samples) rewards, loo with at least 2 samples per prompt")
@@ -207,6 +214,10 @@ def empg_loss(logprobs: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor)
         weights: (N,), R̃ − b; constants.
     Returns:
         scalar, in nats per trajectory.
+
+    >>> logprobs, mask = torch.tensor([[-0.5, -1.0], [-2.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])
+    >>> empg_loss(logprobs, mask, weights=torch.tensor([1.0, -1.0]))
+    tensor(-0.2500)
     """
     return -(weights * logprobs.masked_fill(mask == 0, 0).sum(1)).mean()
 
@@ -218,6 +229,9 @@ def grpo_advantages(rewards: torch.Tensor, epsilon: float = 1e-6) -> torch.Tenso
         rewards: (P, G), prompts × samples.
     Returns:
         (P, G) advantages. Exactly 0 for a prompt whose samples all have the same reward.
+
+    >>> grpo_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
+    tensor([[ 1.0000, -1.0000, -1.0000,  1.0000]])
     """
     return subtract_baseline(rewards, "group") / (rewards.std(1, correction=0, keepdim=True) + epsilon)
 
@@ -252,6 +266,9 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
         logprobs, ref_logprobs: (N, T) log-probabilities of the sampled tokens.
     Returns:
         (N, T), in nats.
+
+    >>> kl_k3(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]))
+    tensor([[0.1065]])
     """
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - 1 - log_ratio
@@ -276,6 +293,9 @@ def kl_topk(logits: torch.Tensor, ref_logits: torch.Tensor, tokens: torch.Tensor
         (...), in nats.
     Raises:
         ValueError: k is out of range.
+
+    >>> kl_topk(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([0]), k=2)
+    tensor([0.1109])
     """
     if not 0 <= k <= logits.shape[-1]:
         raise ValueError(f"k = {k} is not in 0..{logits.shape[-1]}, the size of the vocabulary")
@@ -297,6 +317,9 @@ def effective_sample_size(log_weights: torch.Tensor) -> float:
         log_weights: (N,), log w.
     Returns:
         a share in (0, 1].
+
+    >>> round(effective_sample_size(torch.tensor([0.0, 1.0])), 3)
+    0.824
     """
     log_weights = log_weights.double()
     return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp().item() / len(log_weights)
@@ -629,7 +652,11 @@ BOX_START = re.compile(r"\\(?:boxed|fbox)\s*(\{|-?\d[^\s$]*)")  # some solutions
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...} of the text, braces matched; None without one, or when it is not closed."""
+    """What stands in the last \\boxed{...} of the text, braces matched; None without one, or when it is not closed.
+
+    >>> last_boxed(r"so \\boxed{\\frac{1}{2}}, as was asked")
+    '\\\\frac{1}{2}'
+    """
     boxes = list(BOX_START.finditer(text))
     if not boxes or boxes[-1][1] != "{":
         return boxes[-1][1].rstrip(".,") if boxes else None
@@ -665,6 +692,9 @@ def gsm8k_answer(response: str) -> str | None:
     """A response's final number: in its last \\boxed{}, else after its last "####" or "answer is", else its last one.
 
     Of `3 + 15 = 18` the right-hand side counts. A box without a number, or with several, is the answer as it stands.
+
+    >>> gsm8k_answer("5 + 7 = 12 apples, 12 * 100 = 1,200 cents. #### 1,200")
+    '1200'
     """
     boxed = last_boxed(response)
     if boxed is not None:
@@ -1244,14 +1274,22 @@ def cause(error: BaseException) -> str:
 
 
 def draw_batch(size: int, count: int, step: int, seed: int) -> list[int]:
-    """Which of `size` problems the `count` prompts of iteration `step` are: pass after pass, each in a new order."""
+    """Which of `size` problems the `count` prompts of iteration `step` are: pass after pass, each in a new order.
+
+    >>> draw_batch(size=4, count=3, step=1, seed=0), draw_batch(size=4, count=3, step=2, seed=0)
+    ([2, 0, 1], [3, 3, 0])
+    """
     places = range((step - 1) * count, step * count)
     orders = {e: np.random.default_rng([seed, e]).permutation(size) for e in {place // size for place in places}}
     return [int(orders[place // size][place % size]) for place in places]
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices 0..N−1 in groups of similar length, each of at most `budget` tokens when padded to its longest."""
+    """Indices 0..N−1 in groups of similar length, each of at most `budget` tokens when padded to its longest.
+
+    >>> micro_batches([5, 9, 4], budget=10)
+    [[1], [0, 2]]
+    """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:

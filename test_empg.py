@@ -4,6 +4,7 @@ tiny real models, and on whole runs of the command. `pytest -q` takes three minu
 
 import copy
 import dataclasses
+import doctest
 import itertools
 import json
 import logging
@@ -1400,6 +1401,51 @@ def test_any_number_of_processes_does_what_one_does(alone, processes, kind, flag
         assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
             {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
         )
+
+
+# -------- What the README says --------------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+
+
+def options_table() -> str:
+    """Every option as a row of the README's table."""
+    rows = ["| option | default | |", "|---|---|---|"]
+    for option in dataclasses.fields(empg.Config):
+        default = "" if option.default is None else f"`{option.default}`".replace("False", "off")
+        rows.append(f"| `--{option.name.replace('_', '-')}` | {default} | {option.metadata['help']} |")
+    return "\n".join(rows)
+
+
+def test_the_readme_lists_every_option():
+    """The table of options is the one made from Config: names, defaults and help."""
+    assert options_table() in README
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_readme_example_learns(tiny, tmp_path):
+    """Sampler, smoothing, baseline and loss in somebody else's loop: as printed in the README, it earns more and more."""
+    code = python_blocks()[0].replace("runs/sums-base", str(tiny))
+    done = run([sys.executable, "-c", code], cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    rewards = [float(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(rewards) == 20 and sum(rewards[-5:]) > sum(rewards[:5])
+
+
+def test_the_readme_task_trains(tiny, tmp_path):
+    """A task of one's own, with its problems and reward, as printed in the README."""
+    args = options(tiny, tmp_path / "run", task="next", prompt_template="{question}")
+    done = run([sys.executable, "-c", python_blocks()[1].replace("empg.main()", f"empg.main({args})")], cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 1, 2, 2]
+
+
+def test_examples_in_docstrings():
+    """What the docstrings show is what the functions return."""
+    assert doctest.testmod(empg).failed == 0 < doctest.testmod(empg).attempted
 
 
 # -------- Checkpoints and faults: real signals to real processes -------------------------------------------------------
