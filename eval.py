@@ -337,7 +337,7 @@ def paper_scores(name: str, config, task: str) -> dict | None:
 
 
 def table(title: str, lines: dict[str, str]) -> str:
-    return "\n".join([title, *(f"  {name:<24}{text}" for name, text in lines.items())])
+    return "\n".join([title, *(f"  {name:<24}  {text}" for name, text in lines.items())])
 
 
 def flag(name: str) -> str:
@@ -473,7 +473,8 @@ def draw_curves(runs: list[str], picture: str) -> None:
                 axis.fill_between(steps, values.min(0), values.max(0), color=look["color"], alpha=0.25, linewidth=0)
     for axis, name in zip(axes.flat, PANELS):
         axis.set(ylabel=PANELS[name], xlabel="iteration" if axis in axes[1] else "")
-        axis.set_ylim(*((0, 1.02) if axis in axes[0] else ()))
+        low, high = axis.get_ylim()
+        axis.set_ylim(*((0, 1.02) if axis in axes[0] and low > -0.1 and high < 1.1 else ()))
         axis.tick_params(labelleft=True)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
