@@ -996,9 +996,7 @@ def load_policy(name: str, tokenizer) -> PreTrainedModel:
 # This process among those that torchrun started, or the only one
 RANK, LOCAL_RANK = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-TIMEOUT = timedelta(
-    minutes=30
-)  # how long a process waits for the slowest: longer than any sampling or evaluation lasts
+TIMEOUT = timedelta(minutes=30)  # how long a process waits for the others: longer than sampling or evaluating takes
 STORE: Any = None  # where every rank notes how many meetings it has come to
 HOST: dist.ProcessGroup | None = None  # the group for what is not on a GPU; None is the default one
 meetings = 0
@@ -1115,7 +1113,7 @@ def spread(model: PreTrainedModel, config) -> PreTrainedModel:
     return model.float()
 
 
-def progress(items: Iterable, description: str, **options) -> tqdm:
+def progress(items: Iterable | None, description: str, **options) -> tqdm:
     """A progress bar of the first process, on standard error; in a log file it moves every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10
     return tqdm(items, description, leave=False, mininterval=interval, disable=RANK != 0, dynamic_ncols=True, **options)
@@ -1420,7 +1418,7 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
         state: where to begin; a checkpoint of it is written every `save_every` iterations and at the end.
         problems, held_out: rows with `prompt` (token ids), `question` and `answer`.
     Raises:
-        FloatingPointError: five updates in a row had a loss or gradient that is not finite.
+        FloatingPointError: in five iterations in a row no loss or gradient was finite.
         SystemExit: a signal asked for the end; code 128 + its number.
         OSError: a checkpoint cannot be written. TimeoutError: a rank is stuck or gone.
     """
@@ -1494,9 +1492,10 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
                 say(f"      Warning: {warning}")
                 warned.add(kind)
         stop = max(gather([max(STOP, default=0)], "an update"))
-        copy_weights(policy, old_policy)
         if stop or step == config.steps or (config.save_every and step % config.save_every == 0):
             save_checkpoint(output, state, config.keep)
+        if stop or step == config.steps:
+            copy_weights(policy, old_policy)  # θ* is what `main` saves, being whole
         if stop:
             raise SystemExit(128 + stop)
         skipped = [row["skipped_updates"] for row in state.rows if "reward" in row][-5:]

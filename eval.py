@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,19 +35,19 @@ from empg import RANK, TASKS, WORLD_SIZE, OptionParser, fail, first_line, gather
 class Options:
     """Every option; --compare, --curves, --gradients and --behaviours FILE take no other but --json or --output."""
 
-    model: str | None = option(None, "a hub name or a local directory, as runs/NAME/model")
-    task: str | None = option(None, ", ".join(TASKS))
+    model: str = option(None, "a hub name or a local directory, as runs/NAME/model")
+    task: str = option(None, ", ".join(TASKS))
     data: str | None = option(None, "local directory or hub name of a dataset with the task's columns")
     split: str = option("test", "test or train")
     limit: int | None = option(None, "only so many problems, the first ones")
     prompt_template: str | None = option(None, "replaces the chat template; has {question} in it")
     num_samples: int = option(1, "responses to each problem")
     temperature: float | None = option(None, "0 is greedy; by default 0 for one sample, 1 for several")
-    max_new_tokens: int | None = option(None, "token limit of a response; by default 1024, or what fits")
+    max_new_tokens: int = option(None, "token limit of a response; by default 1024, or what fits")
     seed: int = option(0, "of sampling")
-    dtype: str | None = option(None, "bfloat16 or float32; by default bfloat16 on GPUs that have it")
+    dtype: str = option(None, "bfloat16 or float32; by default bfloat16 on GPUs that have it")
     batch_size: int = option(128, "responses that a process samples at a time: bounds the memory")
-    device: str | None = option(None, "cuda, mps or cpu; by default the best that is there")
+    device: str = option(None, "cuda, mps or cpu; by default the best that is there")
     output: str | None = option(None, "FILE.jsonl that gets every response; the picture of a mode that draws")
     json: bool = option(False, "print the summary as one JSON object, all else to standard error")
     compare: list[str] | None = field(default=None, metadata={"help": "two results files of the same problems"})
@@ -58,9 +59,16 @@ class Options:
 
 
 # What decides the responses: a results file goes on only if it is the same. How work is batched and shared does not.
-DECISIVE = ("model", "task", "data", "split", "limit", "prompt_template", "num_samples", "temperature")
+DECISIVE: tuple[str, ...] = ("model", "task", "data", "split", "limit", "prompt_template", "num_samples", "temperature")
 DECISIVE += ("max_new_tokens", "seed", "dtype")
-COLUMNS = {"index": int, "sample": int, "question": str, "gold": str, "response": str, "extracted": str | None}
+COLUMNS: dict[str, Any] = {
+    "index": int,
+    "sample": int,
+    "question": str,
+    "gold": str,
+    "response": str,
+    "extracted": str | None,
+}
 COLUMNS |= {"correct": bool, "tokens": int, "cut": bool}
 
 # The paper's models, by (hidden size, layers, context), and their EMPG and GRPO scores.
@@ -115,7 +123,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def majority_vote(answers: Sequence[str | None]) -> str | None:
     """The commonest answer, of equally common ones the earliest; None if there is no answer at all."""
     votes = Counter(answer for answer in answers if answer is not None)
-    return max(votes, key=votes.get) if votes else None
+    return max(votes, key=lambda answer: votes[answer]) if votes else None
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
@@ -248,7 +256,7 @@ def respond(options: Options, model, tokenizer, problems: list[dict], batch: Seq
     rows = []
     for n, text in enumerate(tokenizer.batch_decode(responses, skip_special_tokens=True)):
         index, sample = batch[n // options.num_samples], n % options.num_samples
-        question, answer, kind = (problems[index].get(key) for key in ("question", "answer", "type"))
+        question, answer, kind = problems[index]["question"], problems[index]["answer"], problems[index].get("type")
         row = {"index": index, "sample": sample, "question": question, "gold": task.extract(answer) or answer}
         row |= {"response": text, "extracted": task.extract(text), "correct": task.reward(text, answer) == 1}
         row |= {"tokens": len(responses[n]), "cut": responses[n][-1] not in limits["eos_token_id"]}
@@ -327,7 +335,7 @@ def summarise(rows: list[dict], G: int) -> dict:
 
 def paper_scores(name: str, config, task: str) -> dict | None:
     """The paper's scores of this model: of a hub model by its name, of a local directory by its name or else its shape."""
-    known = name.rstrip("/").rpartition("/")[2]
+    known: str | None = name.rstrip("/").rpartition("/")[2]
     if known not in PAPER:
         shape = tuple(getattr(config, k, None) for k in ("hidden_size", "num_hidden_layers", "max_position_embeddings"))
         known = next((model for model in PAPER if PAPER[model][0] == shape and Path(name).is_dir()), None)
@@ -387,7 +395,10 @@ def compare(files: list[str]) -> dict:
     options = {name: [h[name] for h in headers] for name in DECISIVE if headers[0][name] != headers[1][name]}
     summary = {"files": files, "options": options, "problems": len(correct[0])}
     summary["num_samples"] = [header["num_samples"] for header in headers]
-    summary |= {"accuracy": [c.mean() for c in correct], "difference": paired_difference(*correct, bound=1)}
+    summary |= {
+        "accuracy": [c.mean() for c in correct],
+        "difference": paired_difference(correct[0], correct[1], bound=1),
+    }
     summary |= {"only_a": only_a, "only_b": only_b, "p_value": mcnemar_exact(len(only_a), len(only_b))}
     return summary | {"mean_tokens": [t.mean() for t in tokens], "tokens_difference": paired_difference(*tokens)}
 
@@ -443,7 +454,8 @@ def read_run(run: str) -> tuple[dict, dict[str, dict[int, float]]]:
 def draw_curves(runs: list[str], picture: str) -> None:
     """The paper's figures 2 to 8. Seeds of one setting are drawn as their mean, in a band from the lowest to the highest."""
     require(len({Path(run).resolve() for run in runs}) == len(runs), "--curves: names a run twice; name it once")
-    configs, groups = [], []
+    configs: list[dict] = []
+    groups: list[list] = []
     for run in runs:
         settings, metrics = read_run(run)
         if settings not in configs:
@@ -459,16 +471,23 @@ def draw_curves(runs: list[str], picture: str) -> None:
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, 2, figsize=(7, 5), layout="constrained", sharex=True, sharey="row")
-    lines = {}
+    lines: dict[str, str] = {}
     for i, (config, seeds) in enumerate(zip(configs, groups)):
         look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 1.4}
         several = ", ".join(f"{key} {config.get(key)}" for key in keys) + f": {len(seeds)} seeds"
-        look["label"] = several if len(seeds) > 1 else Path(seeds[0][0]).resolve().name
-        lines[several if len(seeds) > 1 else look["label"]] = describe_run([metrics for _, metrics in seeds])
+        label = several if len(seeds) > 1 else Path(seeds[0][0]).resolve().name
+        lines[label] = describe_run([metrics for _, metrics in seeds])
         for axis, name in zip(axes.flat, PANELS):
             steps = sorted(set.intersection(*(set(metrics[name]) for _, metrics in seeds)))
             values = np.array([[metrics[name][step] for step in steps] for _, metrics in seeds])
-            axis.plot(steps, values.mean(0), marker="o" if name.startswith("eval") else None, markersize=3, **look)
+            axis.plot(
+                steps,
+                values.mean(0),
+                marker="o" if name.startswith("eval") else None,
+                markersize=3,
+                label=label,
+                **look,
+            )
             if len(seeds) > 1:
                 axis.fill_between(steps, values.min(0), values.max(0), color=look["color"], alpha=0.25, linewidth=0)
     for axis, name in zip(axes.flat, PANELS):
@@ -524,7 +543,8 @@ def gradient_study(name: str, picture: str, seeds: int = 3, batches: int = 20, u
     """
     P, G, tokenizer = 32, 16, empg.load_tokenizer(name)[0]
     problems = TASKS["sums"].problems(None, "train")
-    variance, distance = {kind: [] for kind in empg.BASELINES}, []
+    variance: dict[str, list[float]] = {kind: [] for kind in empg.BASELINES}
+    distance: list[list[float]] = []
 
     def gradient(model, L: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         parts = torch.autograd.grad(-(weights.flatten().to(L) * L).mean(), list(model.parameters()), retain_graph=True)
@@ -544,7 +564,7 @@ def gradient_study(name: str, picture: str, seeds: int = 3, batches: int = 20, u
             smooth = empg.smooth_rewards(torch.tensor(rewards, dtype=torch.float64)).view(P, G)
             return [p for p in prompts for _ in range(G)], responses, smooth
 
-        found = {kind: [] for kind in empg.BASELINES}
+        found: dict[str, list[torch.Tensor]] = {kind: [] for kind in empg.BASELINES}
         for batch in range(1, batches + 1):
             prompts, responses, rewards = draw(batch)
             L = empg.log_probs(model, prompts, responses)[0].sum(1)
@@ -636,7 +656,8 @@ def check(options: Options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `argv`, or else the process's own."""
-    parser = OptionParser(Options, prog="eval.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    about = __doc__.splitlines()[0]
+    parser = OptionParser(Options, prog="eval.py", description=about, allow_abbrev=False)  # type: ignore[arg-type]
     options, stdout = Options(**vars(parser.parse_args(argv))), sys.stdout
     with contextlib.redirect_stdout(sys.stderr if options.json else stdout):
         try:
@@ -650,7 +671,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 say(describe_behaviours(summary))
             elif options.gradients:
                 say(describe_gradients(summary := gradient_study(options.gradients, options.output or "gradients.png")))
-            elif RANK == 0:
+            elif options.curves and RANK == 0:
                 draw_curves(options.curves, options.output or "curves.png")
         except ValueError as error:
             fail(error, program="eval.py")
