@@ -397,6 +397,50 @@ def test_log_probs_equal_the_plain_formula_and_its_gradient(temperature, chunk, 
         torch.testing.assert_close(a, p.grad, rtol=1e-8, atol=1e-10)
 
 
+# The mistakes of this field, each with the test that shows it. (Statistics per rank instead of over the whole batch need
+# several ranks: test_any_number_of_processes_does_what_one_does.)
+
+
+def test_mistake_baseline_with_the_wrong_sign():
+    """Of four samples the right one is raised and the wrong ones are lowered, all in all by nothing."""
+    (weights,) = empg.subtract_baseline(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(weights, torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
+
+
+def test_mistake_standard_deviation_of_a_sample():
+    """Rewards 1 and 0 are one population standard deviation from their mean; by the sample's they would be 0.7."""
+    torch.testing.assert_close(empg.smooth_rewards(torch.tensor([1.0, 0.0])), torch.sigmoid(torch.tensor([1.0, -1.0])))
+
+
+def test_mistake_mean_over_padding():
+    """A longer neighbour, which pads a response, does not change what the response weighs."""
+    logprobs, mask, weights = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2), torch.tensor([3.0])
+    padded, longer = torch.nn.functional.pad(logprobs, (0, 5)), torch.nn.functional.pad(mask, (0, 5))
+    assert empg.empg_loss(padded, longer, weights) == empg.empg_loss(logprobs, mask, weights) == 9
+
+
+def test_mistake_eos_left_out_of_the_loss():
+    """A response that is EOS alone has a log-probability: without it nobody learns to stop."""
+    values, mask = empg.log_probs(make_model(), [[3, 4, 5]], [[LIMITS["eos_token_id"]]])
+    assert mask.tolist() == [[True]] and values.item() < 0
+
+
+def test_mistake_labels_shifted_by_one():
+    """The probabilities of all tokens after one prompt sum to 1. They do not if each token has been seen when it is predicted."""
+    values, _ = empg.log_probs(make_model(), [[3, 4]] * 18, [[token] for token in range(18)])
+    assert values.exp().sum().item() == pytest.approx(1)
+
+
+def test_mistake_wrong_tensor_detached():
+    """A gradient reaches every parameter of the model, and none comes from θ*, which has only been sampled from."""
+    model, old = make_model(), make_model(seed=1)
+    empg.update(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), make_trajectories(WEIGHTS), 9, config(algo="grpo"), old
+    )
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert all(p.grad is None for p in old.parameters())
+
+
 def test_bfloat16_computation_stays_close_to_float32(monkeypatch):
     """Under autocast the projection, too, computes in bfloat16; float32 weights get float32 gradients, much the same."""
     model, gradients, used, logits = make_model(dtype=torch.float32), [], [], empg.TokenLogProbs.logits
@@ -1384,7 +1428,10 @@ def alone(tiny, child, tmp_path_factory):
     ],
 )
 def test_any_number_of_processes_does_what_one_does(alone, processes, kind, flags, tiny, child, tmp_path):
-    """1, 2 and 4 processes, whole or sharded: the same trajectories, gradients within 1e-5, the same metrics."""
+    """1, 2 and 4 processes, whole or sharded: the same trajectories, gradients within 1e-5, the same metrics.
+
+    Statistics per rank, a mean over ranks with unequal work, or a prompt that gets other samples elsewhere would show.
+    """
     changes, single, rows = alone[kind]
     args = options(tiny, tmp_path / "run", **changes)
     run_ranks(processes, [sys.executable, child, tmp_path / "seen", *args, *flags])
