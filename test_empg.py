@@ -1253,7 +1253,7 @@ def test_sampling_is_from_the_policy_as_it_is(tiny, tmp_path, odd_is_right, monk
         return sample(model, *args, **kwargs)
 
     monkeypatch.setattr(empg, "sample", spy)
-    empg.main(options(tiny, tmp_path, steps=3))
+    empg.main(options(tiny, tmp_path, steps=5, eval_every=2))
     assert len(distances) > 3 and max(distances) == 0
 
 
