@@ -1484,7 +1484,7 @@ def test_the_readme_example_learns(tiny, tmp_path):
 
 def test_the_readme_task_trains(tiny, tmp_path):
     """A task of one's own, with its problems and reward, as printed in the README."""
-    args = options(tiny, tmp_path / "run", task="next", prompt_template="{question}")
+    args = options(tiny, tmp_path / "run", task="pairs", prompt_template="{question}")
     done = run([sys.executable, "-c", python_blocks()[1].replace("empg.main()", f"empg.main({args})")], cwd=HERE)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 1, 2, 2]
