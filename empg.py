@@ -280,7 +280,8 @@ def kl_topk(logits: torch.Tensor, ref_logits: torch.Tensor, tokens: torch.Tensor
         Σ_{v∈S} π(v) log(π(v)/ref(v)) + [x ∉ S] ρ log(π(x)/ref(x)),   ρ = π(x) / stopgrad(π(x)) = 1
 
     In expectation over x ~ π_θ both value and gradient are exact, at every k from 0 (sampled) to V (no sampling). The
-    logarithm behind ρ must keep its gradient: it is what ∇Σ_{v∉S} π(v) comes from.
+    logarithm behind ρ must keep its gradient: it is what ∇Σ_{v∉S} π(v) comes from. The
+    price is variance: outside S it is noise around a small mean, and does not vanish at π_θ = π_ref as that of k3 does.
 
     What stays biased in training: x is drawn from π_θ*, so the sampled part is exact only while θ = θ*; and the gradient
     at a position takes the tokens before it as given, though θ* chose them.
