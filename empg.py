@@ -280,8 +280,8 @@ def kl_topk(logits: torch.Tensor, ref_logits: torch.Tensor, tokens: torch.Tensor
         Σ_{v∈S} π(v) log(π(v)/ref(v)) + [x ∉ S] ρ log(π(x)/ref(x)),   ρ = π(x) / stopgrad(π(x)) = 1
 
     In expectation over x ~ π_θ both value and gradient are exact, at every k from 0 (sampled) to V (no sampling). The
-    logarithm behind ρ must keep its gradient: it is what ∇Σ_{v∉S} π(v) comes from. The
-    price is variance: outside S it is noise around a small mean, and does not vanish at π_θ = π_ref as that of k3 does.
+    logarithm behind ρ must keep its gradient: it is what ∇Σ_{v∉S} π(v) comes from. The price is variance: the gradient of
+    a token outside S is noise around a small mean, and does not vanish at π_θ = π_ref as that of k3 does.
 
     What stays biased in training: x is drawn from π_θ*, so the sampled part is exact only while θ = θ*; and the gradient
     at a position takes the tokens before it as given, though θ* chose them.
@@ -1427,7 +1427,7 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
     task, P, G, M = TASKS[config.task], config.prompts_per_step, config.num_samples, config.minibatches
     mine = slice(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE)  # this rank's places in a batch
     limits, room = sampling_limits(tokenizer, policy, config.max_new_tokens), {"rows": P * G // WORLD_SIZE}
-    warned: set[str] = set()
+    eos, warned = limits["eos_token_id"], set[str]()
 
     def evaluation() -> str:
         copy_weights(policy, old_policy)
@@ -1457,14 +1457,10 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         for i, t in enumerate(new):
             t.reward = task.reward(texts[i], batch[i // G]["answer"])
-        facts = [
-            (t.reward, len(t.response), t.response[-1] not in limits["eos_token_id"], texts[i])
-            for i, t in enumerate(new)
-        ]
+        facts = [(t.reward, len(t.response), t.response[-1] not in eos, text) for t, text in zip(new, texts)]
         facts = gather(facts, "sampling")
-        weights = trajectory_weights(
-            torch.tensor([reward for reward, *_ in facts], dtype=torch.float64).view(P, G), config
-        )
+        rewards = torch.tensor([fact[0] for fact in facts], dtype=torch.float64).view(P, G)
+        weights = trajectory_weights(rewards, config)
         for t, weight in zip(new, weights[mine].flatten().tolist()):
             t.weight = weight
         # Line 12: update θ with Eq. 12 on samples from D, in M parts
@@ -1488,7 +1484,8 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
         say(line)
         if step % 10 == 1:
             say(f"      sampled, reward {new[0].reward:g}: {batch[0]['question']!r} → {texts[0]!r}")
-        for kind, warning in warnings_of([row for row in state.rows if "reward" in row], P).items():
+        iterations = [row for row in state.rows if "reward" in row]
+        for kind, warning in warnings_of(iterations, P).items():
             if kind not in warned:
                 say(f"      Warning: {warning}")
                 warned.add(kind)
@@ -1499,7 +1496,7 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
             copy_weights(policy, old_policy)  # θ* is what `main` saves, being whole
         if stop:
             raise SystemExit(128 + stop)
-        skipped = [row["skipped_updates"] for row in state.rows if "reward" in row][-5:]
+        skipped = [row["skipped_updates"] for row in iterations[-5:]]
         if len(skipped) == 5 and all(skipped):
             raise FloatingPointError("five iterations in a row had a loss or gradient that is not finite")
 
