@@ -1627,8 +1627,11 @@ def first_line(error: BaseException) -> str:
 
 
 def fail(message: object, code: int = 2, program: str = "empg.py") -> NoReturn:
-    """End the process with one line on standard error; of several processes on a machine the first one prints it."""
-    if LOCAL_RANK == 0:
+    """End the process with one line on standard error; of several processes on a machine the first one prints it.
+
+    That a process is missing is said by every other: the missing one may be the first.
+    """
+    if LOCAL_RANK == 0 or isinstance(message, TimeoutError):
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -1693,8 +1696,8 @@ def check(config: Config) -> None:
     for name in ("smoothing", "baseline"):
         grpo = config.algo == "grpo" and getattr(config, name) is not None
         require(name, not grpo, "--algo grpo has its own; leave it out, or take --algo empg")
-    own = config.algo == "empg" and config.baseline in (None, "loo")
-    require("num_samples", config.num_samples > 1 or not own, "the baseline loo needs at least 2")
+    compares = config.algo == "grpo" or config.baseline in (None, "loo")  # samples of a prompt with each other
+    require("num_samples", config.num_samples > 1 or not compares, "grpo and the baseline loo need at least 2")
     require("anchor", config.beta or config.anchor == "initial", "needs --beta above 0")
     require("kl", config.beta or config.kl == "k3", "needs --beta above 0")
     require("kl_topk", config.kl_topk is None or config.kl == "topk", "needs --kl topk")

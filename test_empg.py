@@ -441,6 +441,17 @@ def test_mistake_wrong_tensor_detached():
     assert all(p.grad is None for p in old.parameters())
 
 
+@pytest.mark.parametrize(("flag", "passes"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_computes_layers_again(flag, passes):
+    """With --gradient-checkpointing activations are not kept: each layer runs a second time, in the backward pass."""
+    calls, model = [], make_model(dtype=torch.float32)
+    model = empg.spread(model, config(gradient_checkpointing=flag))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda *args: calls.append(1))
+    empg.log_probs(model, [[3, 4]], [[5, 6]])[0].sum().backward()
+    assert len(calls) == passes * len(model.model.layers)
+
+
 def test_bfloat16_computation_stays_close_to_float32(monkeypatch):
     """Under autocast the projection, too, computes in bfloat16; float32 weights get float32 gradients, much the same."""
     model, gradients, used, logits = make_model(dtype=torch.float32), [], [], empg.TokenLogProbs.logits
@@ -1108,6 +1119,14 @@ def without_seconds(rows):
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
+def same_metrics(one: list[dict], two: list[dict]) -> None:
+    """Equal up to rounding, but for the seconds."""
+    for a, b in zip(without_seconds(one), without_seconds(two), strict=True):
+        assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
+            {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
+        )
+
+
 def test_the_seed_decides_the_run(tiny, tmp_path, odd_is_right, monkeypatch):
     """Two runs of one seed have the same metrics to the last digit; another seed, iteration or prompt draws anew."""
     used, sample = [], empg.sample
@@ -1444,10 +1463,7 @@ def test_any_number_of_processes_does_what_one_does(alone, processes, kind, flag
         assert len(rank["gradients"]) == len(single["gradients"]) >= 2
         for ours, theirs in zip(rank["gradients"], single["gradients"]):
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
-    for a, b in zip(without_seconds(rows), without_seconds(metrics(tmp_path / "run")), strict=True):
-        assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
-            {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
-        )
+    same_metrics(rows, metrics(tmp_path / "run"))
 
 
 # -------- What the README says --------------------------------------------------------------------------------------------
@@ -1530,11 +1546,8 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(tiny, undisturbed, 
     for processes, steps, flags in ((2, 2, ["--shard"]), (1, 4, []), (2, 6, [])):
         args = options(tiny, tmp_path / "run", steps=steps)
         run_ranks(processes, [sys.executable, child, tmp_path / "seen", *args, *flags, "--resume"])
-    expected = [row for row in without_seconds(metrics(undisturbed)) if row["step"] <= 6]
-    for a, b in zip(without_seconds(metrics(tmp_path / "run")), expected, strict=True):
-        assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
-            {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
-        )
+    expected = [row for row in metrics(undisturbed) if row["step"] <= 6]
+    same_metrics(metrics(tmp_path / "run"), expected)
 
 
 def start(command: list, **how) -> subprocess.Popen:
@@ -1586,10 +1599,7 @@ def test_torchrun_restarts_after_the_kill_of_a_rank(tiny, tmp_path, alone):
     assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
     assert "Resuming after iteration 1" in done.stdout
     assert "error: rank 1 did not finish saving: it is stuck or was killed" in done.stderr
-    for a, b in zip(without_seconds(rows), without_seconds(metrics(tmp_path / "run")), strict=True):
-        assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
-            {k: v for k, v in b.items() if v is not None}, rel=1e-4, abs=1e-6
-        )
+    same_metrics(rows, metrics(tmp_path / "run"))
 
 
 KILLED = """
@@ -1718,11 +1728,13 @@ empg.main(sys.argv[1:])
     ("fault", "message"),
     [
         ("empg.train = lambda *args: signal.signal(signal.SIGTERM, signal.SIG_DFL) and time.sleep(60)", "rank 1 did not finish an evaluation"),
+        ("pass\nif empg.RANK == 0:\n    empg.train = lambda *args: signal.signal(signal.SIGTERM, signal.SIG_DFL) and "
+         + "time.sleep(60)", "rank 0 did not finish an evaluation"),
         ("sys.argv += ['--lr', '0.5']", "--lr: rank 0 has 0.001, rank 1 has 0.5"),
         ("load = empg.load_policy; empg.load_policy = lambda *a: load(*a).apply("
          + "lambda m: hasattr(m, 'variance_epsilon') and m.weight.data.add_(1))", "the weights model.layers.0.input_layernorm.weight"),
     ],
-    ids=["stuck", "option", "weights"],
+    ids=["stuck", "first", "option", "weights"],
 )  # fmt: skip
 def test_a_rank_that_is_stuck_or_differs_is_named(fault, message, tiny, tmp_path):
     """Instead of hanging, or training on a mixture, the run ends with a line that names the rank and what is wrong."""
@@ -1848,6 +1860,7 @@ def refuses(capsys, argv, *words):
         ({"task": "gsm8k", "data": "someone/no-such-data"}, ["someone/no-such-data", "local directory"]),
         ({"data": "anything"}, ["--data", "sums"]),
         ({"max_new_tokens": 60}, ["max-new-tokens 60", "context of 64", "at most 56"]),
+        ({"algo": "grpo", "num_samples": 1}, ["num-samples 1", "grpo"]),
         ({"algo": "ppo"}, ["--algo ppo", "empg, grpo"]),
         ({"algo": "grpo", "smoothing": "sigmoid"}, ["--smoothing sigmoid", "--algo grpo"]),
         ({"algo": "grpo", "baseline": "loo"}, ["--baseline loo", "--algo grpo"]),
