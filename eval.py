@@ -464,12 +464,7 @@ def draw_curves(runs: list[str], picture: str) -> None:
         groups[configs.index(settings)].append((run, metrics))
     keys = [key for key in configs[0] if any(config.get(key) != configs[0][key] for config in configs)] or ["task"]
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(7, 5), layout="constrained", sharex=True, sharey="row")
     lines: dict[str, str] = {}
     for i, (config, seeds) in enumerate(zip(configs, groups)):
@@ -501,12 +496,13 @@ def draw_curves(runs: list[str], picture: str) -> None:
     say(table("Accuracy, held-out; response tokens, sampled; mean ± standard deviation of the seeds", lines))
 
 
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation over seeds; of one seed, its value."""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
 def describe_run(seeds: list[dict[str, dict[int, float]]]) -> str:
     """Accuracy after a sixth, a third and all of the iterations, and length and lowest effective sample size."""
-
-    def spread(values: list[float], digits: int) -> str:
-        text = f"{np.mean(values):.{digits}f}"
-        return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
     accuracies = [[metrics["eval_accuracy"][step] for step in sorted(metrics["eval_accuracy"])] for metrics in seeds]
     words = []
@@ -522,11 +518,25 @@ def describe_run(seeds: list[dict[str, dict[int, float]]]) -> str:
     return ", ".join([*words, f"lowest ESS {spread(ess, 2)}"])
 
 
+def pyplot():
+    """matplotlib's pyplot, drawing to files only."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
 def save_picture(figure, picture: str) -> None:
+    """Write the picture and forget the figure. Raises ValueError if it cannot be written."""
     try:
         figure.savefig(picture, dpi=200, format=Path(picture).suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise ValueError(f"--output {picture}: cannot be written ({first_line(error)}); name another file") from error
+    finally:
+        pyplot().close(figure)
     say(f"The picture is {picture}")
 
 
@@ -591,15 +601,15 @@ def gradient_study(name: str, picture: str, seeds: int = 3, batches: int = 20, u
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
     means = [np.mean(variance[kind]) for kind in empg.BASELINES]
-    left.bar(empg.BASELINES, means, yerr=[np.std(variance[kind]) for kind in empg.BASELINES], color=COLOURS[0])
+    left.bar(
+        empg.BASELINES,
+        means,
+        yerr=[np.std(variance[kind], ddof=min(1, seeds - 1)) for kind in empg.BASELINES],
+        color=COLOURS[0],
+    )
     left.set(ylabel="variance / |mean gradient|²", xlabel="baseline")
     rows = np.array(distance).reshape(seeds, -1, 6).mean(0)
     for column, label in ((3, "effective sample size"), (4, "cosine"), (5, "norm ratio")):
@@ -612,7 +622,7 @@ def gradient_study(name: str, picture: str, seeds: int = 3, batches: int = 20, u
 
 
 def describe_gradients(s: dict) -> str:
-    lines = {kind: f"variance / |mean|² {np.mean(v):.3f} ± {np.std(v):.3f}" for kind, v in s["variance"].items()}
+    lines = {kind: f"variance / |mean|² {spread(v, 3)}" for kind, v in s["variance"].items()}
     rows = np.array(s["distance"])
     rows = rows.reshape(len(set(rows[:, 0])), -1, 6).mean(0)
     for _, step, kl, ess, cosine, ratio in (row for row in rows if row[1] in (0, 1, 2, 5, 10, 20, 40)):
