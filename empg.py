@@ -25,13 +25,11 @@ Run it:
 Paper: Tianbing Xu, "Training Large Language Models to Reason via EM Policy Gradient", arXiv 2504.18587.
 """
 
-import contextlib
 import copy
 import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -49,7 +47,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -64,14 +62,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    HfArgumentParser,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.hf_argparser import HfArg
 
@@ -104,20 +95,19 @@ class Config:
     max_new_tokens: int = option(512, "token limit of a response")
     temperature: float = option(1.0, "of sampling; the policy that is trained is the tempered one")
     top_p: float = option(1.0, "sample from the likeliest tokens that have this much probability together")
-    algo: str = option("empg", "empg, or grpo: the paper's baseline, which differs in advantage and loss")
-    smoothing: str | None = option(None, "of the rewards: sigmoid (empg's default) or none")
-    baseline: str | None = option(None, "mean reward to subtract: loo (other samples; default), group, batch, none")
+    algo: Literal["empg", "grpo"] = option("empg", "the method, or the paper's baseline, of another advantage and loss")
+    smoothing: Literal["sigmoid", "none"] | None = option(None, "of the rewards; empg's default is sigmoid")
+    baseline: Literal["loo", "group", "batch", "none"] | None = option(None, "mean to subtract; by default loo")
     beta: float = option(0.0, "weight of KL(policy, anchor); at 0 there is no anchor")
-    anchor: str = option("initial", "initial policy; ema, its moving average; or old, the policy that sampled")
+    anchor: Literal["initial", "ema", "old"] = option("initial", "the initial policy, a moving average, or θ*")
     ema_decay: float = option(0.9, "share of the anchor that stays when the ema anchor moves")
     ema_every: int = option(10, "iterations between moves of the ema anchor")
-    kl: str = option("k3", "estimator of the KL: k3, or topk, exact over the likeliest tokens")
+    kl: Literal["k3", "topk"] = option("k3", "estimator of the KL; topk is exact over the likeliest tokens")
     kl_topk: int | None = option(None, "how many tokens of topk are exact; by default 32")
     lr: float = option(1e-6, "AdamW's learning rate")
     warmup_steps: int = option(5, "iterations over which the learning rate rises to its value")
     minibatches: int = option(1, "updates that a batch is split into")
     epochs: int = option(1, "passes over a batch")
-    replay: int = option(1, "iterations whose trajectories stay in the buffer and are learned from again")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
     micro_batch_tokens: int = option(4096, "tokens in one forward and backward pass: bounds the memory")
     eval_every: int = option(10, "iterations between evaluations on held-out problems; 0 for none")
@@ -127,10 +117,10 @@ class Config:
     resume: bool = option(False, "go on from the newest checkpoint in --output, if there is one")
     shard: bool = option(False, "split weights, gradients and optimizer states over the processes (FSDP)")
     gradient_checkpointing: bool = option(False, "less memory: compute each layer again when going backward")
-    report_to: str | None = option(None, "tensorboard or wandb, beside metrics.jsonl")
+    report_to: Literal["tensorboard", "wandb"] | None = option(None, "where metrics go beside metrics.jsonl")
     seed: int = option(0, "of the prompts' order and of sampling")
     device: str = option(None, "cuda, mps or cpu; by default the best that is there")
-    dtype: str = option(None, "bfloat16 or float32; by default bfloat16 on GPUs that have it")
+    dtype: Literal["bfloat16", "float32"] | None = option(None, "by default bfloat16 on GPUs that have it")
 
 
 # -------- The mathematics: pure functions of tensors ------------------------------------------------------------------
@@ -162,9 +152,6 @@ def smooth_rewards(rewards: torch.Tensor) -> torch.Tensor:
     z = (rewards - rewards.mean()) / rewards.std(correction=0)
     limits = torch.finfo(rewards.dtype)  # one success among a thousand has z = 32, where the sigmoid rounds to 1
     return torch.sigmoid(z).clamp(limits.tiny, 1 - limits.eps)
-
-
-BASELINES = ("loo", "group", "batch", "none")
 
 
 def subtract_baseline(rewards: torch.Tensor, kind: str = "loo") -> torch.Tensor:
@@ -359,27 +346,20 @@ class GrowingLayer(DynamicLayer):
     DynamicLayer makes a new copy of all keys and values at every token, which takes most of the time on a CPU.
     """
 
-    room = 0  # length of the storage; 0 once keys and values stand elsewhere
+    storage: list[torch.Tensor] | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         end = self.get_seq_length() + key_states.shape[-2]
-        if end > self.room:
-            grown = super().update(key_states, value_states)
-            self.storage = [torch.nn.functional.pad(x, (0, 0, 0, 128)) for x in grown]
-            self.room = end + 128
+        # Begin, outgrow the storage, or follow a change of the rows
+        if not self.storage or self.storage[0].shape[2] < end or len(self.storage[0]) != len(key_states):
+            self.storage = [
+                torch.nn.functional.pad(x, (0, 0, 0, 128)) for x in super().update(key_states, value_states)
+            ]
         else:
             for storage, new in zip(self.storage, (key_states, value_states)):
                 storage[:, :, end - new.shape[-2] : end] = new
         self.keys, self.values = (storage[:, :, :end] for storage in self.storage)
         return self.keys, self.values
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.room = 0
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.room = 0
 
 
 @torch.no_grad()
@@ -582,15 +562,12 @@ def log_probs(
     if reference is None:
         return values, mask
     with torch.no_grad():
-        ref_hidden, ref_weight = (
-            response_states(reference, prompts, responses)[0],
-            reference.get_output_embeddings().weight,
-        )
+        ref_hidden = response_states(reference, prompts, responses)[0]
 
-    def kl(h: torch.Tensor, ref_h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        both = h @ weight.to(h.dtype).T, ref_h @ ref_weight.to(ref_h.dtype).T
-        logits, ref_logits = (x.to(torch.promote_types(x.dtype, torch.float32)) / temperature for x in both)
-        return kl_topk(logits, ref_logits, x, topk)
+    def kl(h: torch.Tensor, ref_h: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        both = (h, weight), (ref_h, reference.get_output_embeddings().weight)
+        logits, ref_logits = ((x @ w.to(x.dtype).T).to(values.dtype) / temperature for x, w in both)
+        return kl_topk(logits, ref_logits, token, topk)
 
     parts = zip(*(t.split(chunk // 4) for t in (hidden, ref_hidden, tokens)))  # several buffers of logits at a time
     return values, mask, in_rows(torch.cat([checkpoint(kl, *part, use_reentrant=False) for part in parts]), mask)
@@ -726,15 +703,11 @@ def gsm8k_reward(response: str, answer: str) -> float:
 WORDS = r"\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}"
 UNIT = r"(?:\s*" + WORDS + r"|(?<=\d) +(?!(?:or|and|pi)\b)[A-Za-z]{2,}[A-Za-z ]*)(?:\^\{?\d\}?)?"
 # What people read otherwise than math_verify does: (pattern, replacement)
-SPELLINGS: Any = [
+SPELLINGS: list[tuple] = [
     (THOUSANDS, ","),
     (r"~|\\[,;:!]", " "),
-    (r"[−–]", "-"),
-    (r"°", r"^\\circ"),
     (r"(?<=\d)i\b", " i"),
     (r"(frac)\s*(\\[a-z]+)", r"\1{\2}"),  # \frac\pi4
-    (r"(\d+)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", lambda m: repeating(*m.groups())),
-    (r"\\begin\{[pb]matrix\}([^&]*?)\\end\{[pb]matrix\}", lambda m: "(" + m[1].replace(r"\\", ",") + ")"),
     (r"\\(?:text|mbox)\s*\{((?:[^{}]*\d|\W*(?:or|and)\b)[^{}]*)\}", r" \1 "),  # 5 \text{ or 6} is not 5 with a unit
     (r"(?<=.)(?:" + UNIT + r")+$", ""),
     (r"^(?:" + WORDS + r"[\s=:]*)+(?=.)", ""),  # \text{Area} = 5
@@ -746,12 +719,6 @@ HUGE = re.compile(
     r"\^\s*(?:\d{5}|\w\s*\^|\{[^}]*(?:\d{5}|[\^!]))|(?:\d{5}|[)}!])\s*!|binom\s*\{[^}]*(?:\d{5}|[\^!])"
     r"|\\(?:choose|sum|prod|int|lim|gcd)(?![a-z])|[({]{9}"
 )
-
-
-def repeating(whole: str, fixed: str, period: str) -> str:
-    """A repeating decimal as a fraction: 0.1\\overline{6} is (16 − 1)/90."""
-    top, bottom = int(whole + fixed + period) - int(whole + fixed), "9" * len(period) + "0" * len(fixed)
-    return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 @lru_cache(maxsize=4096)
@@ -792,11 +759,6 @@ def sums_answer(response: str) -> str | None:
     return response.rpartition("#")[2].strip() if "#" in response else None
 
 
-def sums_reward(response: str, answer: str) -> float:
-    """1.0 if what follows the last "#" is the answer."""
-    return float(sums_answer(response) == answer)
-
-
 def sums_problems(data: str | None, split: str) -> list[dict]:
     """All 10,000 sums of four digits, of which 500, the same ones always, are the test split and never trained on."""
     if data is not None:
@@ -833,7 +795,9 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 GSM8K = partial(hub_problems, "openai/gsm8k", "main", ("question", "answer"))
 MATH_HARD = partial(hub_problems, "lighteval/MATH-Hard", None, ("problem", "solution"))
 TASKS = {
-    "sums": Task(sums_reward, sums_answer, sums_problems, "Write the answer after a #.", "{question}"),
+    "sums": Task(
+        lambda r, a: float(sums_answer(r) == a), sums_answer, sums_problems, "Answer after a #.", "{question}"
+    ),
     "gsm8k": Task(gsm8k_reward, gsm8k_answer, GSM8K, BOXED),
     "math-hard": Task(math_reward, last_boxed, MATH_HARD, BOXED),
 }
@@ -960,7 +924,7 @@ def load_tokenizer(name: str):
         ValueError: they cannot be had, or the tokenizer has no EOS.
     """
     try:
-        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
+        tokenizer, config = AutoTokenizer.from_pretrained(name), transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"--model: cannot load {name!r}: it is neither a local directory with a model and its tokenizer, nor a hub name"
@@ -1018,14 +982,11 @@ def start_processes(config) -> None:
         config.device = f"cuda:{LOCAL_RANK}"
         torch.cuda.set_device(config.device)
     if WORLD_SIZE > 1 or getattr(config, "shard", False):
-        on_gpu = config.device.startswith("cuda")
-        if WORLD_SIZE > 1:
-            STORE, _, _ = next(dist.rendezvous("env://", RANK, WORLD_SIZE))
-            STORE = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), STORE)
-        store = STORE or dist.HashStore()
-        backend = "nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=TIMEOUT)
-        HOST = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else None
+        STORE = dist.HashStore() if WORLD_SIZE == 1 else next(dist.rendezvous("env://", RANK, WORLD_SIZE))[0]
+        STORE = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), STORE)  # a restart meets anew
+        backend = "nccl" if config.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=STORE, rank=RANK, world_size=WORLD_SIZE, timeout=TIMEOUT)
+        HOST = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else None
 
 
 def gather(values: list, phase: str = "starting") -> list:
@@ -1125,14 +1086,11 @@ def progress(items: Iterable | None, description: str, **options) -> tqdm:
 
 @dataclass
 class Trajectory:
-    """An entry of the buffer D: τ = (prompt, rationale and answer) in token ids, its reward R and its weight R̃ − b."""
+    """An entry of the buffer D: τ = (prompt, rationale and answer) in token ids, and its weight R̃ − b in Eq. 12."""
 
-    place: int  # of its prompt in the batch, which is the same however many processes share the batch
     prompt: list[int]
     response: list[int]
-    reward: float = 0.0
     weight: float = 0.0
-    old: list[float] | None = None  # log π_θ*(token) of the response, once an update has needed it
 
 
 @dataclass
@@ -1144,9 +1102,9 @@ class State:
     reference: PreTrainedModel | None  # π_ref of the KL term
     optimizer: torch.optim.Optimizer
     step: int = 0  # iterations done
-    buffer: list[list[Trajectory]] = field(default_factory=list)  # this rank's, of the last iterations, for --replay
     rows: list[dict] = field(default_factory=list)  # of metrics.jsonl
-    tracker: Callable[[dict, int], None] | None = None  # takes each row, too, for --report-to
+    at_once: int = sys.maxsize  # responses that a rank samples at a time
+    track: Callable[[dict, int], None] | None = None  # takes each row, too, for --report-to
 
 
 def begin(config: Config, policy: PreTrainedModel) -> State:
@@ -1210,8 +1168,7 @@ def save_checkpoint(output: Path, state: State, keep: int) -> None:
     """
     path = output / "checkpoints" / f"{state.step:06d}"
     unfinished, kept = path.with_suffix(".unfinished"), tensors(state)
-    buffer = [gather([asdict(t) for t in trajectories], "saving") for trajectories in state.buffer]
-    facts = {"step": state.step, "digests": digests(kept), "buffer": buffer}
+    facts = {"step": state.step, "digests": digests(kept), "rows": state.rows}
     try:
         writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
         dcp.save(kept, storage_writer=writer, process_group=HOST)
@@ -1245,22 +1202,15 @@ def load_checkpoint(output: Path, state: State) -> None:
         if problem:
             advice = f"; to go on from {saved[-2].name}, remove it" if len(saved) > 1 else ""
             raise ValueError(f"checkpoint {saved[-1]} is damaged ({problem}){advice}")
-        state.step = facts["step"]
-        buffer = [[Trajectory(**t) for t in trajectories] for trajectories in facts["buffer"]]
-        state.buffer = [t[RANK * len(t) // WORLD_SIZE : (RANK + 1) * len(t) // WORLD_SIZE] for t in buffer]
+        state.step, state.rows = facts["step"], facts["rows"]
         copy_weights(state.policy, state.old_policy)
     if RANK == 0:
         for path in (output / "checkpoints").glob("*.unfinished"):
             shutil.rmtree(path)
         # What was recorded after the checkpoint will be done, and recorded, again.
-        file, rows = output / "metrics.jsonl", []
-        for line in file.read_text().splitlines() if saved and file.exists() else ():
-            with contextlib.suppress(ValueError):  # a kill may have cut the last one off
-                rows += [row for row in [json.loads(line)] if row["step"] <= state.step]
-        replacement = file.with_suffix(".unfinished")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        replacement.replace(file)
-    state.rows = gather([rows] if RANK == 0 else [])[0]
+        replacement = output / "metrics.unfinished"
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in state.rows))
+        replacement.replace(output / "metrics.jsonl")
 
 
 def cause(error: BaseException) -> str:
@@ -1329,31 +1279,24 @@ def update(
     groups = [[trajectories[i] for i in group] for group in micro_batches(lengths, config.micro_batch_tokens)]
     if config.shard:  # all ranks take part in every pass of a sharded model: those with fewer groups add idle ones
         groups += [[]] * (max(gather([len(groups)], "sampling")) - len(groups))
-    how: dict[str, Any] = {"temperature": config.temperature}
-    topk: dict[str, Any] = {}
+    exact: dict[str, Any] = {}
     if reference is not None and config.kl == "topk":
         vocabulary = policy.get_output_embeddings().weight.shape[0]
-        topk = {"reference": reference, "topk": min(32, vocabulary) if config.kl_topk is None else config.kl_topk}
+        exact = {"reference": reference, "topk": min(32, vocabulary) if config.kl_topk is None else config.kl_topk}
     rows = []  # one per trajectory: loss, tokens, log P_θ(τ), KL to the anchor, KL(θ* ‖ θ), log P_θ(τ) − log P_θ*(τ)
     optimizer.zero_grad()
     for group in progress(groups, "updating", delay=2):
-        some = group or [Trajectory(0, [0], [0])]
-        prompts, responses = [t.prompt for t in some], [t.response for t in some]
+        some = group or [Trajectory([0], [0])]
+        given: Any = [t.prompt for t in some], [t.response for t in some]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            logprobs, mask, *exact_kl = log_probs(policy, prompts, responses, **how, **topk)
+            logprobs, mask, *exact_kl = log_probs(policy, *given, temperature=config.temperature, **exact)
+            old = ref = logprobs.detach()
             with torch.no_grad():
-                if any(t.old is None for t in some):
-                    old = logprobs.detach()
-                    if old_policy is not None:
-                        old = log_probs(old_policy, prompts, responses, **how)[0]
-                    for t, values in zip(some, old.tolist()):
-                        t.old = t.old or values[: len(t.response)]
-                if reference is not None and not exact_kl:
-                    ref = log_probs(reference, prompts, responses, **how)[0]
-                else:
-                    ref = logprobs.detach()
+                if old_policy is not None:
+                    old = log_probs(old_policy, *given, temperature=config.temperature)[0]
+                if reference is not None and not exact:
+                    ref = log_probs(reference, *given, temperature=config.temperature)[0]
         kl = (exact_kl[0] if exact_kl else kl_k3(logprobs, ref)).sum(1)
-        old = pad_sequence([logprobs.new_tensor(t.old) for t in some], batch_first=True)
         weights = logprobs.new_tensor([t.weight for t in some])
         if config.algo == "grpo":  # whose KL is a mean over tokens, too
             loss = grpo_loss(logprobs, old, mask, weights) + config.beta * (kl / mask.sum(1)).mean()
@@ -1384,32 +1327,33 @@ def update(
     }
 
 
-def sample_in_parts(
-    model: PreTrainedModel, prompts: list, num_samples: int, room: dict[str, int], *, seeds: list | None = None, **how
-) -> list[list[int]]:
-    """As `sample`, at most room["rows"] responses at a time: a number that is halved whenever the GPU's memory runs out."""
+def sample_in_parts(state: State, prompts: list, num_samples: int, seeds: list | None = None, **how) -> list[list[int]]:
+    """`sample` from θ*, `at_once` responses at a time: a number that is halved whenever the GPU's memory runs out."""
     responses: list[list[int]] = []
     while len(responses) < len(prompts) * num_samples:
-        start, count = len(responses) // num_samples, max(1, room["rows"] // num_samples)
+        start, count = len(responses) // num_samples, max(1, state.at_once // num_samples)
         some = slice(start, start + count)
         try:
-            responses += sample(model, prompts[some], num_samples, seeds=seeds and seeds[some], **how)
+            responses += sample(state.old_policy, prompts[some], num_samples, seeds=seeds and seeds[some], **how)
         except torch.OutOfMemoryError:
             if count == 1:
                 raise
-            room["rows"] = min(count, len(prompts)) * num_samples // 2
-            print(f"rank {RANK}: out of memory; from now on it samples {room['rows']} responses at a time", flush=True)
+            state.at_once = min(count, len(prompts)) * num_samples // 2
+            print(f"rank {RANK}: out of memory; from now on it samples {state.at_once} responses at a time", flush=True)
             torch.cuda.empty_cache()
     return responses
 
 
-def evaluate(model, tokenizer, task: Task, problems: list[dict], room: dict[str, int], **limits) -> list[float]:
-    """[greedy accuracy, mean response tokens] on `problems`, which the ranks share; limits of `sample`."""
-    mine = problems[RANK::WORLD_SIZE]
-    responses = sample_in_parts(model, [problem["prompt"] for problem in mine], 1, room, temperature=0, **limits)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    results = [(task.reward(text, problem["answer"]), len(r)) for text, r, problem in zip(texts, responses, mine)]
-    return np.array(gather(results, "an evaluation")).mean(0).tolist()
+def evaluate(config: Config, state: State, tokenizer, held_out: list[dict], output: Path, **limits) -> str:
+    """Score θ, greedily, on the held-out problems, which the ranks share: a row of metrics.jsonl. Returns it in words."""
+    copy_weights(state.policy, state.old_policy)
+    mine = held_out[RANK::WORLD_SIZE]
+    responses = sample_in_parts(state, [problem["prompt"] for problem in mine], 1, temperature=0, **limits)
+    texts, reward = tokenizer.batch_decode(responses, skip_special_tokens=True), TASKS[config.task].reward
+    results = [(reward(text, problem["answer"]), len(r)) for text, r, problem in zip(texts, responses, mine)]
+    accuracy, length = np.mean(gather(results, "an evaluation"), axis=0)
+    record(output, state, {"step": state.step, "eval_accuracy": accuracy, "eval_response_tokens": length})
+    return f"held-out accuracy {accuracy:.3f}"
 
 
 def train(config: Config, state: State, tokenizer, problems: list[dict], held_out: list[dict], output: Path) -> None:
@@ -1423,82 +1367,60 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
         SystemExit: a signal asked for the end; code 128 + its number.
         OSError: a checkpoint cannot be written. TimeoutError: a rank is stuck or gone.
     """
-    policy, old_policy, optimizer = state.policy, state.old_policy, state.optimizer
     task, P, G, M = TASKS[config.task], config.prompts_per_step, config.num_samples, config.minibatches
-    mine = slice(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE)  # this rank's places in a batch
-    limits, room = sampling_limits(tokenizer, policy, config.max_new_tokens), {"rows": P * G // WORLD_SIZE}
-    eos, warned = limits["eos_token_id"], set[str]()
-
-    def evaluation() -> str:
-        copy_weights(policy, old_policy)
-        accuracy, length = evaluate(old_policy, tokenizer, task, held_out, room, **limits)
-        record(output, state, {"step": state.step, "eval_accuracy": accuracy, "eval_response_tokens": length})
-        return f"held-out accuracy {accuracy:.3f}"
-
+    mine = slice(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE)  # this rank's share of a batch
+    limits = sampling_limits(tokenizer, state.policy, config.max_new_tokens)
+    how, warned = {"temperature": config.temperature, "top_p": config.top_p, **limits}, set[str]()
     if held_out and not state.rows:
-        say(f"before training: {evaluation()}")
+        say(f"before training: {evaluate(config, state, tokenizer, held_out, output, **limits)}")
+
     for step in progress(range(state.step + 1, config.steps + 1), "training"):  # line 2 of Algorithm 1
         clock = [time.perf_counter()]
         # Line 4: θ* ← θ
-        copy_weights(policy, old_policy)
-        optimizer.zero_grad()  # leaves the gradients' memory to sampling
+        copy_weights(state.policy, state.old_policy)
+        state.optimizer.zero_grad()  # leaves the gradients' memory to sampling
         # Line 6: for each prompt of the batch
-        places = range(P)[mine]
         batch = [problems[i] for i in draw_batch(len(problems), P, step, config.seed)[mine]]
         # Line 7: sample G responses from P_θ*
-        seeds = [((config.seed << 32) + step << 32) + place for place in places]
-        prompts, how = [row["prompt"] for row in batch], {"temperature": config.temperature, "top_p": config.top_p}
-        responses = sample_in_parts(old_policy, prompts, G, room, seeds=seeds, **how, **limits)
+        prompts = [problem["prompt"] for problem in batch]
+        seeds = [((config.seed << 32) + step << 32) + place for place in range(P)[mine]]
+        responses = sample_in_parts(state, prompts, G, seeds, **how)
         clock.append(time.perf_counter())
-        # Line 8: into the buffer D, which keeps those of --replay iterations: 1, the paper's way, or more
-        new = [Trajectory(places[i // G], prompts[i // G], response) for i, response in enumerate(responses)]
-        state.buffer = [*state.buffer, new]
+        # Line 8: into the buffer D, which is empty at every iteration (line 3)
+        buffer = [Trajectory(prompts[i // G], response) for i, response in enumerate(responses)]
         # Line 9: reward each; from the rewards of all ranks come the weights R̃ − b of Eq. 12
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        for i, t in enumerate(new):
-            t.reward = task.reward(texts[i], batch[i // G]["answer"])
-        facts = [(t.reward, len(t.response), t.response[-1] not in eos, text) for t, text in zip(new, texts)]
-        facts = gather(facts, "sampling")
-        rewards = torch.tensor([fact[0] for fact in facts], dtype=torch.float64).view(P, G)
-        weights = trajectory_weights(rewards, config)
-        for t, weight in zip(new, weights[mine].flatten().tolist()):
+        rewards = [task.reward(text, batch[i // G]["answer"]) for i, text in enumerate(texts)]
+        cut = [response[-1] not in limits["eos_token_id"] for response in responses]
+        facts = gather(list(zip(rewards, map(len, responses), cut, texts)), "sampling")
+        weights = trajectory_weights(torch.tensor([fact[0] for fact in facts], dtype=torch.float64).view(P, G), config)
+        for t, weight in zip(buffer, weights[mine].flatten().tolist()):
             t.weight = weight
         # Line 12: update θ with Eq. 12 on samples from D, in M parts
-        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
+        state.optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
         updates: list[dict] = []
         for part in list(range(M)) * config.epochs:
-            chosen = [t for trajectories in state.buffer for t in trajectories if t.place % M == part]
-            total = len(state.buffer) * weights[part::M].numel()
-            stats = update(policy, optimizer, chosen, total, config, old_policy if updates else None, state.reference)
+            chosen = [t for i, t in enumerate(buffer) if range(P)[mine][i // G] % M == part]
+            old_policy = state.old_policy if updates else None  # equal to the policy until the first update
+            total = weights[part::M].numel()
+            stats = update(state.policy, state.optimizer, chosen, total, config, old_policy, state.reference)
             updates += [stats] if stats else []  # without signal there is no gradient
-        # Line 3, of the next iteration: what is too old leaves D
-        state.buffer = state.buffer[len(state.buffer) - config.replay + 1 :] if config.replay > 1 else []
         if state.reference is not None and config.anchor == "ema" and step % config.ema_every == 0:
-            move_anchor(state.reference, policy, config.ema_decay)
+            move_anchor(state.reference, state.policy, config.ema_decay)
         clock.append(time.perf_counter())
 
+        # That was all of Algorithm 1. What is left is to tell, and to keep.
         state.step = step
         line = report(output, state, facts, weights, updates, clock)
         if held_out and (step % config.eval_every == 0 or step == config.steps):
-            line += f"  {evaluation()}"
+            line += f"  {evaluate(config, state, tokenizer, held_out, output, **limits)}"
         say(line)
         if step % 10 == 1:
-            say(f"      sampled, reward {new[0].reward:g}: {batch[0]['question']!r} → {texts[0]!r}")
-        iterations = [row for row in state.rows if "reward" in row]
-        for kind, warning in warnings_of(iterations, P).items():
-            if kind not in warned:
-                say(f"      Warning: {warning}")
-                warned.add(kind)
-        stop = max(gather([max(STOP, default=0)], "an update"))
-        if stop or step == config.steps or (config.save_every and step % config.save_every == 0):
-            save_checkpoint(output, state, config.keep)
-        if stop or step == config.steps:
-            copy_weights(policy, old_policy)  # θ* is what `main` saves, being whole
-        if stop:
-            raise SystemExit(128 + stop)
-        skipped = [row["skipped_updates"] for row in iterations[-5:]]
-        if len(skipped) == 5 and all(skipped):
-            raise FloatingPointError("five iterations in a row had a loss or gradient that is not finite")
+            say(f"      sampled, reward {rewards[0]:g}: {batch[0]['question']!r} → {texts[0]!r}")
+        for warning in warnings_of([row for row in state.rows if "reward" in row], P) - warned:
+            say(f"      Warning: {warning}")
+            warned.add(warning)
+        save_or_stop(config, state, output)
 
 
 def trajectory_weights(rewards: torch.Tensor, config: Config) -> torch.Tensor:
@@ -1516,18 +1438,19 @@ def report(output: Path, state: State, facts: list, weights, updates: list[dict]
     An update's statistics are means over the updates, but for the two that say how far θ went from θ*: there the last counts.
     """
     rewards, lengths, cut, texts = zip(*facts)
+    seconds = clock[-1] - clock[0]
     row = {"step": state.step, "reward": np.mean(rewards), "response_tokens": np.mean(lengths)}
     for name in ("loss", "grad_norm", "kl", "entropy"):
         row[name] = np.mean([stats[name] for stats in updates]) if updates else None
-    row["ess"], row["kl_old"] = (updates[-1]["ess"], updates[-1]["kl_old"]) if updates else (None, None)
+    row |= {name: updates[-1][name] if updates else None for name in ("ess", "kl_old")}
     row["skipped_updates"] = sum(stats["skipped"] for stats in updates)
     row["no_signal"] = (weights == 0).all(1).double().mean().item()  # share of prompts
     row["cut"] = np.mean(cut)  # share of responses that reached the token limit
     row["distinct"] = len(set(texts))  # different responses
-    row["sample_seconds"], row["update_seconds"], row["step_seconds"] = *np.diff(clock), clock[-1] - clock[0]
-    row["tokens_per_second"] = sum(lengths) / row["step_seconds"]
+    row |= dict(zip(("sample_seconds", "update_seconds"), np.diff(clock)))
+    row |= {"step_seconds": seconds, "tokens_per_second": sum(lengths) / seconds}
     record(output, state, row)
-    line = f"{state.step:4d}  reward {row['reward']:.3f}  length {row['response_tokens']:5.1f}  {row['step_seconds']:5.1f} s"
+    line = f"{state.step:4d}  reward {row['reward']:.3f}  length {row['response_tokens']:5.1f}  {seconds:5.1f} s"
     if not updates:
         return f"{line}  no signal: the samples of each prompt have the same reward, so there is nothing to learn from"
     line += f"  gradient norm {row['grad_norm']:.3f}  without signal {row['no_signal']:4.0%}"
@@ -1536,37 +1459,24 @@ def report(output: Path, state: State, facts: list, weights, updates: list[dict]
     return line + f"  {row['skipped_updates']} updates skipped, not finite" * bool(row["skipped_updates"])
 
 
-def warnings_of(rows: list[dict], prompts: int) -> dict[str, str]:
-    """What may be going wrong, by kind, in words that help.
-
-    Args:
-        rows: of the iterations so far, as in metrics.jsonl.
-        prompts: P, in a batch.
-    """
-    found, last = {}, rows[-1]
-    if len(rows) >= 5 and all(row["no_signal"] == 1 for row in rows[-5:]):
-        found["signal"] = (
-            "five iterations without signal: each prompt's responses were all right or all wrong. Take problems nearer to"
-            " what the model can do, or more --num-samples, or see in its responses whether it knows the answer's form"
-        )
-    if last["ess"] is not None and last["ess"] < 0.5:
-        found["ess"] = (
-            f"the effective sample size of the importance weights that EMPG leaves out is {last['ess']:.0%}: θ has moved far"
-            " from θ*, which sampled. Lower --epochs, --minibatches, --replay or --lr"
-        )
-    norms = [row["grad_norm"] for row in rows[:-1][-20:] if row["grad_norm"] is not None]
-    if len(norms) >= 5 and last["grad_norm"] is not None and last["grad_norm"] > 10 * np.median(norms):
-        found["gradient"] = (
-            f"the gradient norm {last['grad_norm']:.3g} is more than ten times its running median {np.median(norms):.3g}."
-            " If rewards fall from here, lower --lr or --max-grad-norm"
-        )
-    few = last["distinct"] < prompts / 2
-    if few and last["reward"] < 0.5 * max(row["reward"] for row in rows):
-        found["collapse"] = (
-            "collapse: nearly all responses are the same text and the reward has fallen to less than half of its best. Go"
-            " back to a checkpoint before it, with a lower --lr, fewer --epochs, or --beta above 0"
-        )
-    return found
+def warnings_of(rows: list[dict], prompts: int) -> set[str]:
+    """What may be going wrong, in words that help, from the rows of metrics.jsonl of the iterations so far."""
+    last, norms = rows[-1], [row["grad_norm"] for row in rows[-21:-1] if row["grad_norm"] is not None]
+    signs = {
+        "five iterations without signal: each prompt's responses were all right or all wrong. Take problems nearer to"
+        " what the model can do, or more --num-samples, or see in its responses whether it knows the answer's form":
+            len(rows) >= 5 and all(row["no_signal"] == 1 for row in rows[-5:]),
+        "the effective sample size of the importance weights that EMPG leaves out is below 50%: θ has moved far from θ*,"
+        " which sampled. Lower --epochs, --minibatches or --lr":
+            last["ess"] is not None and last["ess"] < 0.5,
+        "the gradient norm is more than ten times its running median. If rewards fall from here, lower --lr or"
+        " --max-grad-norm":
+            len(norms) >= 5 and last["grad_norm"] is not None and last["grad_norm"] > 10 * np.median(norms),
+        "collapse: nearly all responses are the same text and the reward has fallen to less than half of its best. Go"
+        " back to a checkpoint before it, with a lower --lr, fewer --epochs, or --beta above 0":
+            last["distinct"] < prompts / 2 and last["reward"] < 0.5 * max(row["reward"] for row in rows),
+    }  # fmt: skip
+    return {warning for warning, seen in signs.items() if seen}
 
 
 def record(output: Path, state: State, row: dict) -> None:
@@ -1576,13 +1486,17 @@ def record(output: Path, state: State, row: dict) -> None:
     if RANK == 0:
         with open(output / "metrics.jsonl", "a") as file:
             file.write(json.dumps(state.rows[-1]) + "\n")
-        if state.tracker:
-            state.tracker({key: value for key, value in row.items() if value is not None}, state.step)
+        if state.track:
+            state.track({key: value for key, value in row.items() if value is not None}, state.step)
 
 
-def open_tracker(name: str, config: Config, output: Path) -> Callable[[dict, int], None]:
-    """A function that hands a row of metrics.jsonl on to TensorBoard or Weights & Biases."""
-    if name == "tensorboard":
+def tracker(config: Config, output: Path) -> Callable[[dict, int], None] | None:
+    """A function that hands a row of metrics.jsonl on to --report-to."""
+    if config.report_to == "wandb":
+        import wandb
+
+        return wandb.init(project="empg", name=output.name, dir=output, config=asdict(config)).log
+    if config.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(output))
@@ -1593,10 +1507,26 @@ def open_tracker(name: str, config: Config, output: Path) -> Callable[[dict, int
             writer.flush()
 
         return track
-    import wandb
+    return None
 
-    wandb.init(project="empg", name=output.name, dir=output, config=asdict(config))
-    return lambda row, step: wandb.log(row, step=step)
+
+def save_or_stop(config: Config, state: State, output: Path) -> None:
+    """Write a checkpoint if it is time for one; end the run if a signal asks for it or no gradient is finite any more.
+
+    Raises:
+        as `train`.
+    """
+    stop = max(gather([max(STOP, default=0)], "an update"))
+    last = stop or state.step == config.steps
+    if last or (config.save_every and state.step % config.save_every == 0):
+        save_checkpoint(output, state, config.keep)
+    if last:
+        copy_weights(state.policy, state.old_policy)  # θ* is what `main` saves, being whole
+    if stop:
+        raise SystemExit(128 + stop)
+    skipped = [row["skipped_updates"] for row in state.rows if "reward" in row][-5:]
+    if len(skipped) == 5 and all(skipped):
+        raise FloatingPointError("five iterations in a row had a loss or gradient that is not finite")
 
 
 # -------- The command line --------------------------------------------------------------------------------------------
@@ -1617,9 +1547,8 @@ def ask_to_stop(number: int, frame) -> None:
         os._exit(128 + number)
     STOP.append(number)
     if LOCAL_RANK == 0:
-        os.write(
-            2, b"\nStopping: this iteration will be finished and a checkpoint written. Ctrl-C again ends at once.\n"
-        )
+        text = "\nStopping: this iteration will be finished and a checkpoint written. Ctrl-C again ends at once.\n"
+        os.write(2, text.encode())
 
 
 def first_line(error: BaseException) -> str:
@@ -1678,43 +1607,40 @@ def check(config: Config) -> None:
         if not holds:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {advice}")
 
-    counts = "steps prompts_per_step num_samples max_new_tokens micro_batch_tokens epochs replay keep ema_every"
+    counts = "steps prompts_per_step num_samples max_new_tokens micro_batch_tokens epochs keep ema_every"
     for name in counts.split():
         require(name, getattr(config, name) >= 1, "must be at least 1")
-    require("minibatches", 1 <= config.minibatches <= config.prompts_per_step, "must be 1 to --prompts-per-step")
     for name in ("eval_every", "eval_problems", "save_every", "warmup_steps", "seed", "beta"):
         require(name, 0 <= getattr(config, name) < np.inf, "must be at least 0")
     for name in ("temperature", "lr", "max_grad_norm"):
         require(name, 0 < getattr(config, name) < np.inf, "must be above 0")
     require("top_p", 0 < config.top_p <= 1, "must be above 0 and at most 1")
+    require("ema_decay", 0 <= config.ema_decay <= 1, "must be 0 to 1")
+    require("minibatches", 1 <= config.minibatches <= config.prompts_per_step, "must be 1 to --prompts-per-step")
+    require("prompts_per_step", config.prompts_per_step % WORLD_SIZE == 0, f"must divide among {WORLD_SIZE} processes")
+    require("prompt_template", "{question}" in (config.prompt_template or "{question}"), "must contain {question}")
     require("task", config.task in TASKS, f"choose {', '.join(TASKS)}")
     require("model", config.model != "builtin" or config.task == "sums", f"cannot do {config.task}; name another model")
-    choices = {"algo": ("empg", "grpo"), "smoothing": (None, "sigmoid", "none"), "baseline": (None, *BASELINES)}
-    choices |= {"anchor": ("initial", "ema", "old"), "kl": ("k3", "topk"), "report_to": (None, "tensorboard", "wandb")}
-    for name, values in choices.items():
-        require(name, getattr(config, name) in values, f"choose {', '.join(value for value in values if value)}")
+    grpo = config.algo == "grpo"
     for name in ("smoothing", "baseline"):
-        grpo = config.algo == "grpo" and getattr(config, name) is not None
-        require(name, not grpo, "--algo grpo has its own; leave it out, or take --algo empg")
-    compares = config.algo == "grpo" or config.baseline in (None, "loo")  # samples of a prompt with each other
+        require(
+            name, not grpo or not getattr(config, name), "--algo grpo has its own; leave it out, or take --algo empg"
+        )
+    compares = grpo or config.baseline in (None, "loo")  # samples of a prompt with each other
     require("num_samples", config.num_samples > 1 or not compares, "grpo and the baseline loo need at least 2")
     require("anchor", config.beta or config.anchor == "initial", "needs --beta above 0")
     require("kl", config.beta or config.kl == "k3", "needs --beta above 0")
     require("kl_topk", config.kl_topk is None or config.kl == "topk", "needs --kl topk")
-    require("ema_decay", 0 <= config.ema_decay <= 1, "must be 0 to 1")
     tracker = config.report_to
     require("report_to", not tracker or find_spec(tracker), f"is not installed; pip install {tracker}")
-    require("prompts_per_step", config.prompts_per_step % WORLD_SIZE == 0, f"must divide among {WORLD_SIZE} processes")
-    require("prompt_template", "{question}" in (config.prompt_template or "{question}"), "must contain {question}")
     require("resume", not config.resume or config.output, "needs --output, the directory of the run")
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     require("resume", config.resume or not restarts, "torchrun --max-restarts needs --resume, else it would begin anew")
-    require("dtype", config.dtype in ("bfloat16", "float32"), "choose bfloat16 or float32")
 
 
 def library_versions() -> dict[str, str]:
     libraries = ("torch", "transformers", "datasets", "numpy", "math-verify")
-    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+    return {"python": sys.version.split()[0], **{name: version(name) for name in libraries}}
 
 
 # What may change when a run is resumed: how long it is, and what decides over memory, time and files only.
@@ -1737,10 +1663,9 @@ def make_output(config: Config) -> Path:
         except (OSError, ValueError) as error:
             raise ValueError(f"--output {output}: has no readable config.json of a run to resume") from error
         for name in asdict(config).keys() - {"device", *CHANGEABLE}:
-            if name in before and before[name] != getattr(config, name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {getattr(config, name)}: the run to resume has {before[name]}"
-                )
+            flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
+            if name in before and before[name] != value:
+                raise ValueError(f"{flag} {value}: the run to resume has {before[name]}")
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -1765,24 +1690,12 @@ def load_problems(config: Config, task: Task, tokenizer, context: int) -> tuple[
     rows = problems + held_out
     for row, ids in zip(rows, encode_prompts(tokenizer, task, [r["question"] for r in rows], config.prompt_template)):
         row["prompt"] = ids
-    response_limit(config.max_new_tokens, rows, context)
-    return problems, held_out
-
-
-def response_limit(wanted: int | None, rows: list[dict], context: int) -> int:
-    """--max-new-tokens, or without one what the context leaves behind the longest prompt, but at most 1024.
-
-    Raises:
-        ValueError: it does not fit.
-    """
-    longest = max(len(row["prompt"]) for row in rows)
-    limit = wanted or max(1, min(1024, context - longest))
-    if longest + limit > context:
+    if (room := context - max(len(row["prompt"]) for row in rows)) < config.max_new_tokens:
         raise ValueError(
-            f"--max-new-tokens {limit}: with the longest prompt, {longest} tokens, it exceeds the model's"
-            f" context of {context}; at most {context - longest} fit"
+            f"--max-new-tokens {config.max_new_tokens}: with the longest prompt it exceeds the model's context of {context};"
+            f" at most {room} fit"
         )
-    return limit
+    return problems, held_out
 
 
 def load(config: Config) -> tuple:
@@ -1797,8 +1710,8 @@ def load(config: Config) -> tuple:
     if RANK or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     start_processes(config)
-    agree({f"--{name}": value for name, value in asdict(config).items() if name != "device"})
-    agree({f"version of {name}": number for name, number in library_versions().items()})
+    options = {f"--{name}": value for name, value in asdict(config).items() if name != "device"}
+    agree(options | {f"version of {name}": number for name, number in library_versions().items()})
     output = gather([make_output(config)] if RANK == 0 else [])[0]
     task, name = TASKS[config.task], config.model
     if name == "builtin":
@@ -1811,16 +1724,16 @@ def load(config: Config) -> tuple:
     if not 0 <= (config.kl_topk or 0) <= vocabulary:
         raise ValueError(f"--kl-topk {config.kl_topk}: must be 0 to {vocabulary}, the size of the model's vocabulary")
     state = begin(config, policy)
-    rows = {"the training data": problems, "the held-out data": held_out}
-    agree({what: hashlib.sha256(repr(row).encode()).hexdigest() for what, row in rows.items()})
-    agree({f"the weights {k}": bits(p) for k, p in state.old_policy.named_parameters()})
+    data = {"the training data": problems, "the held-out data": held_out}
+    facts: dict[str, object] = {what: hashlib.sha256(repr(rows).encode()).hexdigest() for what, rows in data.items()}
+    agree(facts | {f"the weights {name}": bits(parameter) for name, parameter in state.old_policy.named_parameters()})
     if config.resume:
         load_checkpoint(output, state)
         agree({"the checkpoint to resume": state.step})
     if RANK == 0:
         settings = {**asdict(config), "processes": WORLD_SIZE, "versions": library_versions()}
         (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        state.tracker = open_tracker(config.report_to, config, output) if config.report_to else None
+        state.track = tracker(config, output)
     return state, tokenizer, problems, held_out, output
 
 

@@ -94,6 +94,7 @@ BEHAVIOURS = {
 # Okabe and Ito's colours, which the colour-blind can tell apart, less yellow, which is faint on paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
+BASELINES = ("loo", "group", "batch", "none")
 PANELS = {"reward": "reward, sampled", "eval_accuracy": "held-out accuracy, greedy"}
 PANELS |= {"response_tokens": "response tokens, sampled", "eval_response_tokens": "response tokens, held-out"}
 # Runs that differ in nothing else are seeds of one setting.
@@ -238,7 +239,12 @@ def load(options: Options) -> tuple:
     for problem, ids in zip(problems, empg.encode_prompts(tokenizer, task, questions, options.prompt_template)):
         problem["prompt"] = ids
     wanted = header.get("max_new_tokens", options.max_new_tokens)
-    options.max_new_tokens = empg.response_limit(wanted, problems, context)
+    room = context - max(len(problem["prompt"]) for problem in problems)
+    options.max_new_tokens = limit = wanted or max(1, min(1024, room))
+    require(
+        limit <= room,
+        f"--max-new-tokens {limit}: with the longest prompt and a context of {context} at most {room} fit",
+    )
     model = in_turn(lambda: empg.load_policy(options.model, tokenizer)).to(options.device)
     finite = all(parameter.isfinite().all() for parameter in model.parameters())
     require(finite, f"--model {options.model}: has weights that are not finite; take an earlier checkpoint")
@@ -553,7 +559,7 @@ def gradient_study(name: str, picture: str, seeds: int = 3, batches: int = 20, u
     """
     P, G, tokenizer = 32, 16, empg.load_tokenizer(name)[0]
     problems = TASKS["sums"].problems(None, "train")
-    variance: dict[str, list[float]] = {kind: [] for kind in empg.BASELINES}
+    variance: dict[str, list[float]] = {kind: [] for kind in BASELINES}
     distance: list[list[float]] = []
 
     def gradient(model, L: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -574,7 +580,7 @@ def gradient_study(name: str, picture: str, seeds: int = 3, batches: int = 20, u
             smooth = empg.smooth_rewards(torch.tensor(rewards, dtype=torch.float64)).view(P, G)
             return [p for p in prompts for _ in range(G)], responses, smooth
 
-        found: dict[str, list[torch.Tensor]] = {kind: [] for kind in empg.BASELINES}
+        found: dict[str, list[torch.Tensor]] = {kind: [] for kind in BASELINES}
         for batch in range(1, batches + 1):
             prompts, responses, rewards = draw(batch)
             L = empg.log_probs(model, prompts, responses)[0].sum(1)
@@ -603,11 +609,11 @@ def gradient_study(name: str, picture: str, seeds: int = 3, batches: int = 20, u
 
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
-    means = [np.mean(variance[kind]) for kind in empg.BASELINES]
+    means = [np.mean(variance[kind]) for kind in BASELINES]
     left.bar(
-        empg.BASELINES,
+        BASELINES,
         means,
-        yerr=[np.std(variance[kind], ddof=min(1, seeds - 1)) for kind in empg.BASELINES],
+        yerr=[np.std(variance[kind], ddof=min(1, seeds - 1)) for kind in BASELINES],
         color=COLOURS[0],
     )
     left.set(ylabel="variance / |mean gradient|²", xlabel="baseline")

@@ -20,6 +20,7 @@ import threading
 import time
 import types
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose more than they gain by a second thread
@@ -606,7 +607,7 @@ def test_freezing_rounds_parameters_only():
 def make_trajectories(weights):
     rng = np.random.default_rng(0)
     return [
-        empg.Trajectory(i, PROMPTS[i % 4], rng.integers(3, 18, size=1 + i % 5).tolist() + [1], weight=w)
+        empg.Trajectory(PROMPTS[i % 4], rng.integers(3, 18, size=1 + i % 5).tolist() + [1], weight=w)
         for i, w in enumerate(weights)
     ]
 
@@ -891,13 +892,13 @@ MATH_BOXES = r"""
 5 :: 5\% | \$5 | 5\$ | \text{5 dollars} | 5 \text{ (five)} | \sqrt{25} | \frac{10}{2} :: \text{Room 5} | 5\text{ hours and }30\text{ minutes}
 3 :: :: 3, 4 | 3 \text{ or } 4 | 3 or 4 | \{3, 4\} | (3, 4) | [3, 4] | 3 \quad 4 | 3; 4 | \pm 3 | 3 \text{ and } 4 \text{ cm} | 3 \text{ or 4}
 3 :: :: x = 3, x = 4 | x = 3 \text{ or } 4 | 4 \text{ or } 3 | 3 \text{ if } x > 0, 4 \text{ otherwise} | 3:4 | 3/4 | 3i | \foo{4} 3
-\frac{1}{3} :: \frac13 | 1/3 | 0.\overline{3} | 0.\bar{3} | \dfrac{2}{6} :: 0.3 | 0.33 | 3 | \foo \frac{1}{3}
-0.1\overline{6} :: \frac{1}{6} | 0.1\overline{6} | 0.1\overline{66} :: 0.1 | 0.16 | 0.\overline{16} | -0.1\overline{6}
+\frac{1}{3} :: \frac13 | 1/3 | \dfrac{2}{6} :: 0.3 | 0.33 | 3 | \foo \frac{1}{3}
+0.1\overline{6} :: 0.1\overline{6} :: 0.1 | 0.16 | 0.\overline{16} | -0.1\overline{6}
 -\frac{3}{4} :: -0.75 | \frac{-3}{4} | \frac{3}{-4} | −\frac{3}{4} | - \tfrac34 | -\cfrac{3}{4} :: \frac{3}{4} | -\frac{4}{3} | -0.7
 2\frac{1}{2} :: \frac{5}{2} | 2.5 | 2 \frac12 :: 1 | 2, \frac12
 \frac \pi4 + 2 - \sqrt2 :: \frac{\pi}{4} + 2 - \sqrt{2} | 2-\sqrt2+\frac{1}{4}\pi :: \frac{\pi}{4} + 2 + \sqrt{2}
 50,\!625 :: 50625 | 50,625 | 50{,}625 | 50\,625 | \$50,625.00 :: 50 | 625 | 50, 62
-22^\circ :: 22 | 22^{\circ} | 22° | 22 \text{ degrees} | \angle A = 22^\circ :: 23^\circ
+22^\circ :: 22 | 22^{\circ} | 22 \text{ degrees} | \angle A = 22^\circ :: 23^\circ
 28\% :: 28 | 28% | 0.28 | 28 \text{ percent} :: 29\% | 2.8
 87.5 :: 87.5\% | 87.50 | \frac{175}{2} :: 87 | 875
 12.5\% :: 12.5 | 12.5\% | \frac{1}{8} :: 12 | 125
@@ -911,13 +912,13 @@ x=1, x=2 :: 2, 1 | x = 2, x = 1 | x = 1, 2 :: 1 | x = 1 | 1, 3
 1,-1,-3i :: -3i, 1, -1 | 1, -3i, -1 | \pm 1, -3i :: 1, -1, 3i | 1, -1
 \frac{3 \pm \sqrt{5}}{2} :: \frac{3+\sqrt5}{2}, \frac{3-\sqrt5}{2} | x = \frac{3\pm\sqrt5}{2} :: \frac{3+\sqrt5}{2} | 3 \pm \sqrt5
 -\frac{1}{3} + \frac{2}{3}i :: \frac{-1+2i}{3} | -\frac{1}{3}+\frac{2i}{3} :: -\frac{1}{3}-\frac{2}{3}i
-(6,31,-1) :: (6, 31, -1) | \left(6,31,-1\right) | (a,b,c) = (6,31,-1) | \begin{pmatrix}6\\31\\-1\end{pmatrix} :: (31,6,-1) | 6
+(6,31,-1) :: (6, 31, -1) | \left(6,31,-1\right) | (a,b,c) = (6,31,-1) :: (31,6,-1) | 6
 (2,12) :: (2, 12) | x = 2, y = 12 | (x,y) = (2,12) :: (12,2) | [2,12] | 2
 (1,2),(3,4) :: (3,4), (1,2) | (1,2) \text{ and } (3,4) :: (1,2) | (2,1),(3,4)
 [-2,7] :: x \in [-2,7] | -2 \le x \le 7 | \left[-2, 7\right] :: (-2,7) | [-2,7) | [7,-2]
 (2,\infty) :: x > 2 | (2, +\infty) | x \in (2,\infty) :: x \ge 2 | x < 2 | [2,\infty) | 2
 (-\infty,0)\cup (0,\infty) :: x \neq 0 | \mathbb{R} \setminus \{0\} | (0,\infty) \cup (-\infty,0) :: (-\infty,\infty) | (0,\infty)
-\begin{pmatrix} -4\\-3 \end{pmatrix} :: \begin{bmatrix} -4 \\ -3 \end{bmatrix} | (-4,-3) :: \begin{pmatrix} -3\\-4 \end{pmatrix}
+\begin{pmatrix} -4\\-3 \end{pmatrix} :: \begin{bmatrix} -4 \\ -3 \end{bmatrix} :: \begin{pmatrix} -3\\-4 \end{pmatrix}
 \begin{bmatrix} 1&2\\3&4 \end{bmatrix} :: \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} :: \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
 \frac{x^2}{16} - \frac{y^2}{9} = 1 :: \dfrac{x^2}{16}-\dfrac{y^2}{9}=1 | 9x^2 - 16y^2 = 144 :: \frac{x^2}{9}-\frac{y^2}{16}=1 | 1
 y=2x+3 :: 2x+3 | y = 3 + 2x | y-2x=3 :: 2x-3 | y=2x
@@ -1146,30 +1147,11 @@ def test_several_updates_on_one_buffer(tiny, tmp_path, odd_is_right, monkeypatch
     monkeypatch.setattr(empg, "update", lambda *args: calls.append(args) or original(*args))
     empg.main(options(tiny, tmp_path, steps=1, minibatches=2, epochs=3, lr=0.03, warmup_steps=0))
     assert len(calls) == 6
-    assert [sorted({t.place for t in args[2]}) for args in calls] == [[0, 2], [1, 3]] * 3
+    halves = [{tuple(t.prompt) for t in args[2]} for args in calls]
+    assert halves == halves[:2] * 3 and len(halves[0]) == len(halves[1]) == 2 and not halves[0] & halves[1]
     assert [args[3] for args in calls] == [8] * 6
     assert [args[5] is None for args in calls] == [True] + [False] * 5
     assert metrics(tmp_path)[1]["ess"] < 0.999
-
-
-def test_replay_keeps_the_last_iterations(tiny, tmp_path, odd_is_right, monkeypatch):
-    """--replay 2 learns from the trajectories of this iteration and the one before, each with its own weights and log P_θ*."""
-    seen, original = [], empg.update
-
-    def spy(*args):
-        before = [(t.response, t.weight, t.old) for t in args[2]]
-        result = original(*args)
-        seen.append((before, [(t.response, t.weight, t.old) for t in args[2]], args[3]))
-        return result
-
-    monkeypatch.setattr(empg, "update", spy)
-    empg.main(options(tiny, tmp_path, steps=3, replay=2, eval_every=0))
-    assert [len(before) for before, *_ in seen] == [16, 32, 32] and [total for *_, total in seen] == [16, 32, 32]
-    for (_, after, _), (before, again, _) in itertools.pairwise(seen):
-        assert after[-16:] == before[:16]  # the new ones of one iteration are the old ones of the next
-        kept = [t for t in again[:16] if t[1]]
-        assert kept and all(old == values for (_, _, old), (_, _, values) in zip(before[:16], again[:16]) if old)
-        assert all(old is None for _, _, old in before[16:])
 
 
 @pytest.mark.parametrize("anchor", ["initial", "ema", "old"])
@@ -1200,9 +1182,9 @@ def test_anchors(anchor, tiny, tmp_path, odd_is_right, monkeypatch):
     assert kl[0] == pytest.approx(0, abs=1e-6) and (max(kl) > 1e-5) == (anchor != "old")
 
 
-def test_replay_and_a_moving_anchor_survive_a_resume(tiny, tmp_path, odd_is_right):
-    """What is in the buffer, and where the anchor is, are in the checkpoint: the resumed run is the run, to the last bit."""
-    more = {"replay": 3, "beta": 0.1, "anchor": "ema", "ema_every": 2, "minibatches": 2, "kl": "topk", "kl_topk": 2}
+def test_a_moving_anchor_survives_a_resume(tiny, tmp_path, odd_is_right):
+    """Where the anchor is stands in the checkpoint: the resumed run is the run, to the last bit."""
+    more = {"beta": 0.1, "anchor": "ema", "ema_every": 2, "minibatches": 2, "kl": "topk", "kl_topk": 2}
     empg.main(options(tiny, tmp_path / "whole", steps=6, **more))
     for steps in (3, 6):
         empg.main([*options(tiny, tmp_path / "parts", steps=steps, **more), "--resume"])
@@ -1219,9 +1201,9 @@ def quiet(**changes) -> dict:
     [
         ([quiet()] * 9, set()),
         ([quiet(no_signal=1, ess=None, grad_norm=None)] * 4, set()),
-        ([quiet(no_signal=1, ess=None, grad_norm=None)] * 5, {"signal"}),
-        ([quiet(), quiet(ess=0.49)], {"ess"}),
-        ([quiet()] * 5 + [quiet(grad_norm=10.1)], {"gradient"}),
+        ([quiet(no_signal=1, ess=None, grad_norm=None)] * 5, {"five"}),
+        ([quiet(), quiet(ess=0.49)], {"the effective sample size"}),
+        ([quiet()] * 5 + [quiet(grad_norm=10.1)], {"the gradient norm"}),
         ([quiet()] * 3 + [quiet(grad_norm=10.1)], set()),
         ([quiet(), quiet(reward=0.2, distinct=3)], {"collapse"}),
         ([quiet(), quiet(reward=0.9, distinct=3)], set()),
@@ -1231,7 +1213,7 @@ def quiet(**changes) -> dict:
 def test_warnings(rows, kinds):
     """Each sign of failure has its warning, in words that say what to turn; a healthy run has none."""
     found = empg.warnings_of(rows, 32)
-    assert set(found) == kinds and all("--" in text for text in found.values())
+    assert len(found) == len(kinds) and all("--" in text and text.startswith(tuple(kinds)) for text in found)
 
 
 def test_a_warning_is_printed_once(tiny, tmp_path, odd_is_right, capsys):
@@ -1245,7 +1227,8 @@ def test_rows_are_reported_to_wandb_and_tensorboard(tiny, tmp_path, odd_is_right
     monkeypatch.setattr(empg, "find_spec", lambda name: None)
     refuses(capsys, options(tiny, tmp_path / "no", report_to="tensorboard"), "tensorboard", "pip install tensorboard")
     logged, scalars = [], []
-    wandb = types.SimpleNamespace(init=lambda **how: None, log=lambda row, step: logged.append((step, row)))
+    wandb = types.SimpleNamespace(log=lambda row, step: logged.append((step, row)))
+    wandb.init = lambda **how: wandb
     writer = types.SimpleNamespace(add_scalar=lambda *values: scalars.append(values), flush=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(
@@ -1425,7 +1408,6 @@ def alone(tiny, child, tmp_path_factory):
             "kl_topk": 4,
             "anchor": "ema",
             "ema_every": 1,
-            "replay": 2,
         },
     }.items():
         changes = {"num_samples": 8, "micro_batch_tokens": 60} | more
@@ -1476,7 +1458,9 @@ def options_table() -> str:
     rows = ["| option | default | |", "|---|---|---|"]
     for option in dataclasses.fields(empg.Config):
         default = "" if option.default is None else f"`{option.default}`".replace("False", "off")
-        rows.append(f"| `--{option.name.replace('_', '-')}` | {default} | {option.metadata['help']} |")
+        kind = next((k for k in (option.type, *get_args(option.type)) if get_origin(k) is Literal), None)
+        choices = ", ".join(f"`{choice}`" for choice in get_args(kind)) + ": " if kind else ""
+        rows.append(f"| `--{option.name.replace('_', '-')}` | {default} | {choices}{option.metadata['help']} |")
     return "\n".join(rows)
 
 
@@ -1835,7 +1819,7 @@ def refuses(capsys, argv, *words):
         ({"no_such_option": 1}, ["--no-such-option", "--help"]),
         ({"steps": "many"}, ["--steps", "many"]),
         ({"task": "chess"}, ["chess", "sums, gsm8k, math-hard"]),
-        ({"baseline": "mean"}, ["mean", "loo, group, batch, none"]),
+        ({"baseline": "mean"}, ["--baseline", "'mean'", "loo"]),
         ({"prompts_per_step": 0}, ["prompts-per-step", "at least 1"]),
         ({"num_samples": 0}, ["num-samples", "at least 1"]),
         ({"num_samples": 1}, ["num-samples 1", "loo"]),
@@ -1861,21 +1845,20 @@ def refuses(capsys, argv, *words):
         ({"data": "anything"}, ["--data", "sums"]),
         ({"max_new_tokens": 60}, ["max-new-tokens 60", "context of 64", "at most 56"]),
         ({"algo": "grpo", "num_samples": 1}, ["num-samples 1", "grpo"]),
-        ({"algo": "ppo"}, ["--algo ppo", "empg, grpo"]),
+        ({"algo": "ppo"}, ["--algo", "'ppo'", "grpo"]),
         ({"algo": "grpo", "smoothing": "sigmoid"}, ["--smoothing sigmoid", "--algo grpo"]),
         ({"algo": "grpo", "baseline": "loo"}, ["--baseline loo", "--algo grpo"]),
-        ({"smoothing": "tanh"}, ["--smoothing tanh", "sigmoid, none"]),
+        ({"smoothing": "tanh"}, ["--smoothing", "'tanh'", "sigmoid"]),
         ({"kl": "topk"}, ["--kl topk", "--beta"]),
         ({"anchor": "ema"}, ["--anchor ema", "--beta"]),
-        ({"anchor": "last", "beta": 0.1}, ["--anchor last", "initial, ema, old"]),
+        ({"anchor": "last", "beta": 0.1}, ["--anchor", "'last'", "initial"]),
         ({"beta": 0.1, "kl_topk": 4}, ["--kl-topk 4", "--kl topk"]),
         ({"beta": 0.1, "kl": "topk", "kl_topk": -1}, ["--kl-topk -1", "0 to 18"]),
         ({"beta": 0.1, "kl": "topk", "kl_topk": 19}, ["--kl-topk 19", "0 to 18"]),
         ({"ema_decay": 1.5, "beta": 0.1}, ["--ema-decay 1.5", "0 to 1"]),
         ({"ema_every": 0}, ["ema-every", "at least 1"]),
-        ({"replay": 0}, ["replay", "at least 1"]),
         ({"keep": 0}, ["keep", "at least 1"]),
-        ({"report_to": "paper"}, ["report-to", "tensorboard, wandb"]),
+        ({"report_to": "paper"}, ["report-to", "'paper'", "tensorboard"]),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
