@@ -15,6 +15,10 @@ the sampled trajectories in proportion to their rewards. There are no importance
      9          reward each                                         Task.reward
     12      update θ with the off-policy policy gradient (Eq. 12)   smooth_rewards, subtract_baseline, log_probs,
                                                                     empg_loss, update
+
+The method is the mathematics, `sample`, `log_probs`, `update` and `train`: begin with `train` if you like. The rest lets it
+work on real tasks, on many devices, and through interruptions.
+
 Run it:
 
     python empg.py                                    a laptop: learns to add step by step, in about a minute
@@ -1101,9 +1105,9 @@ class State:
     old_policy: PreTrainedModel  # θ*, whole on every rank
     reference: PreTrainedModel | None  # π_ref of the KL term
     optimizer: torch.optim.Optimizer
+    at_once: int  # responses that a rank samples at a time
     step: int = 0  # iterations done
     rows: list[dict] = field(default_factory=list)  # of metrics.jsonl
-    at_once: int = sys.maxsize  # responses that a rank samples at a time
     track: Callable[[dict, int], None] | None = None  # takes each row, too, for --report-to
 
 
@@ -1117,7 +1121,8 @@ def begin(config: Config, policy: PreTrainedModel) -> State:
     policy = spread(policy, config)
     fused = {"fused": True} if policy.device.type in ("cpu", "cuda") else {}
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, **fused)
-    return State(policy, old_policy, reference, optimizer)
+    at_once = config.prompts_per_step * config.num_samples // WORLD_SIZE
+    return State(policy, old_policy, reference, optimizer, at_once)
 
 
 def tensors(state: State) -> dict[str, torch.Tensor]:
@@ -1303,8 +1308,7 @@ def update(
         else:
             loss = empg_loss(logprobs, mask, weights) + config.beta * kl.mean()
         (loss * len(group) / total).backward()
-        moved = (logprobs - old).detach()
-        columns = mask.sum(1), logprobs.sum(1), kl, kl_k3(old, logprobs.detach()).sum(1), moved.sum(1)
+        columns = mask.sum(1), logprobs.sum(1), kl, kl_k3(old, logprobs).sum(1), (logprobs - old).sum(1)
         rows += [(loss.item(), *row) for row in zip(*(column.tolist() for column in columns))][: len(group)]
     rows = gather(rows, "the passes of an update")
     if not rows:
@@ -1368,9 +1372,10 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
         OSError: a checkpoint cannot be written. TimeoutError: a rank is stuck or gone.
     """
     task, P, G, M = TASKS[config.task], config.prompts_per_step, config.num_samples, config.minibatches
-    mine = slice(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE)  # this rank's share of a batch
+    mine = range(RANK * P // WORLD_SIZE, (RANK + 1) * P // WORLD_SIZE)  # this rank's places in a batch
     limits = sampling_limits(tokenizer, state.policy, config.max_new_tokens)
-    how, warned = {"temperature": config.temperature, "top_p": config.top_p, **limits}, set[str]()
+    how = {"temperature": config.temperature, "top_p": config.top_p, **limits}
+    warned: set[str] = set()
     if held_out and not state.rows:
         say(f"before training: {evaluate(config, state, tokenizer, held_out, output, **limits)}")
 
@@ -1380,10 +1385,11 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
         copy_weights(state.policy, state.old_policy)
         state.optimizer.zero_grad()  # leaves the gradients' memory to sampling
         # Line 6: for each prompt of the batch
-        batch = [problems[i] for i in draw_batch(len(problems), P, step, config.seed)[mine]]
+        drawn = draw_batch(len(problems), P, step, config.seed)
+        batch = [problems[drawn[place]] for place in mine]
         # Line 7: sample G responses from P_θ*
         prompts = [problem["prompt"] for problem in batch]
-        seeds = [((config.seed << 32) + step << 32) + place for place in range(P)[mine]]
+        seeds = [((config.seed << 32) + step << 32) + place for place in mine]
         responses = sample_in_parts(state, prompts, G, seeds, **how)
         clock.append(time.perf_counter())
         # Line 8: into the buffer D, which is empty at every iteration (line 3)
@@ -1394,15 +1400,14 @@ def train(config: Config, state: State, tokenizer, problems: list[dict], held_ou
         cut = [response[-1] not in limits["eos_token_id"] for response in responses]
         facts = gather(list(zip(rewards, map(len, responses), cut, texts)), "sampling")
         weights = trajectory_weights(torch.tensor([fact[0] for fact in facts], dtype=torch.float64).view(P, G), config)
-        for t, weight in zip(buffer, weights[mine].flatten().tolist()):
+        for t, weight in zip(buffer, weights[list(mine)].flatten().tolist()):
             t.weight = weight
         # Line 12: update θ with Eq. 12 on samples from D, in M parts
         state.optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
         updates: list[dict] = []
         for part in list(range(M)) * config.epochs:
-            chosen = [t for i, t in enumerate(buffer) if range(P)[mine][i // G] % M == part]
+            chosen, total = [t for i, t in enumerate(buffer) if mine[i // G] % M == part], weights[part::M].numel()
             old_policy = state.old_policy if updates else None  # equal to the policy until the first update
-            total = weights[part::M].numel()
             stats = update(state.policy, state.optimizer, chosen, total, config, old_policy, state.reference)
             updates += [stats] if stats else []  # without signal there is no gradient
         if state.reference is not None and config.anchor == "ema" and step % config.ema_every == 0:
@@ -1624,7 +1629,7 @@ def check(config: Config) -> None:
     grpo = config.algo == "grpo"
     for name in ("smoothing", "baseline"):
         require(
-            name, not grpo or not getattr(config, name), "--algo grpo has its own; leave it out, or take --algo empg"
+            name, not (grpo and getattr(config, name)), "--algo grpo has its own; leave it out, or take --algo empg"
         )
     compares = grpo or config.baseline in (None, "loo")  # samples of a prompt with each other
     require("num_samples", config.num_samples > 1 or not compares, "grpo and the baseline loo need at least 2")
