@@ -31,6 +31,7 @@ Paper: Tianbing Xu, "Training Large Language Models to Reason via EM Policy Grad
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -601,9 +602,6 @@ def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
 @torch.no_grad()
 def move_anchor(reference: PreTrainedModel, policy: PreTrainedModel, decay: float) -> None:
     """θ_ref ← decay · θ_ref + (1 − decay) · θ (EMA-PG), share by share."""
-    for model in (reference, policy):
-        if isinstance(model, FSDPModule):
-            model.reshard()
     for anchor, new in zip(reference.parameters(), policy.parameters(), strict=True):
         anchor.mul_(decay).add_(new, alpha=1 - decay)
 
@@ -846,12 +844,12 @@ def character_tokenizer():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "<eos>", "<unk>"]
-    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *"0123456789+=,#"])}, unk_token="<unk>"))
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokens = [*special.values(), *"0123456789+=,#"]
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     core.decoder = decoders.Fuse()
-    names = dict(zip(("pad_token", "eos_token", "unk_token"), special))
-    return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **names)
+    return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **special)
 
 
 def build_base(path: Path, device: str) -> None:
@@ -874,22 +872,18 @@ def build_base(path: Path, device: str) -> None:
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config).to(device).eval()  # type: ignore[arg-type]
 
-    rng, steps, batch, lr = np.random.default_rng(0), 500, 64, 4e-3
+    rng, iterations, batch, lr = np.random.default_rng(0), 500, 64, 4e-3
     problems = sums_problems(None, "train")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
-    for step in progress(range(steps), "teaching the built-in base model"):
-        questions, demonstrations = [], []
-        for i in rng.integers(len(problems), size=batch):
-            first, *rest = map(int, problems[i]["question"][:-1].split("+"))
-            if rng.random() < 0.4:
-                text = ""
-                for digit in rest:
-                    text += f",{first}+{digit}={first + digit}"
-                    first += digit
-                demonstrations.append(f"{text[1:]}#{first}")
-            else:
-                demonstrations.append(f"#{abs(first + sum(rest) + rng.integers(-5, 6))}")
-            questions.append(problems[i]["question"])
+    for i in progress(range(iterations), "teaching the built-in base model"):
+        questions = [problems[i]["question"] for i in rng.integers(len(problems), size=batch)]
+        demonstrations = []
+        for question in questions:
+            digits = [int(digit) for digit in question[:-1].split("+")]
+            totals = list(itertools.accumulate(digits))
+            steps = ",".join(f"{a}+{b}={c}" for a, b, c in zip(totals, digits[1:], totals[1:]))
+            by_step = rng.random() < 0.4
+            demonstrations.append(f"{steps}#{totals[-1]}" if by_step else f"#{abs(totals[-1] + rng.integers(-5, 6))}")
         responses = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(demonstrations)["input_ids"]]
         # Supervised learning is the M-step with every weight 1.
         logprobs, mask = log_probs(model, tokenizer(questions)["input_ids"], responses)
@@ -897,7 +891,7 @@ def build_base(path: Path, device: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 50, 1 - step / steps)
+        optimizer.param_groups[0]["lr"] = lr * min((i + 1) / 50, 1 - i / iterations)
         optimizer.step()
 
     if not path.exists():  # another run may have built the same in the meantime
@@ -1030,17 +1024,6 @@ def agree(facts: dict[str, object]) -> None:
                 raise ValueError(f"{name}: rank 0 has {value!r}, rank {rank} has {other[name]!r}; make them the same")
 
 
-def in_turn(work: Callable):
-    """The first process of each machine does the work, then the others: they find what it downloaded or built."""
-    waits = LOCAL_RANK > 0
-    if waits:
-        dist.barrier()
-    result = work()
-    if WORLD_SIZE > 1 and not waits:
-        dist.barrier()
-    return result
-
-
 def sum_gradients(model: PreTrainedModel) -> None:
     """Gradients summed over the ranks. (Those of a sharded model are, from its backward passes.)
 
@@ -1127,9 +1110,6 @@ def begin(config: Config, policy: PreTrainedModel) -> State:
 
 def tensors(state: State) -> dict[str, torch.Tensor]:
     """What a checkpoint keeps: θ, Adam's averages and the anchor, by name; the very tensors, so that loading restores them."""
-    for model in (state.policy, state.reference):
-        if isinstance(model, FSDPModule):
-            model.reshard()
     kept = {}
     if state.reference is not None and state.reference is not state.old_policy:
         kept = {f"reference.{name}": parameter.detach() for name, parameter in state.reference.named_parameters()}
@@ -1310,6 +1290,8 @@ def update(
         (loss * len(group) / total).backward()
         columns = mask.sum(1), logprobs.sum(1), kl, kl_k3(old, logprobs).sum(1), (logprobs - old).sum(1)
         rows += [(loss.item(), *row) for row in zip(*(column.tolist() for column in columns))][: len(group)]
+    if isinstance(reference, FSDPModule):
+        reference.reshard()  # as a backward pass does with the policy
     rows = gather(rows, "the passes of an update")
     if not rows:
         return None
@@ -1444,16 +1426,22 @@ def report(output: Path, state: State, facts: list, weights, updates: list[dict]
     """
     rewards, lengths, cut, texts = zip(*facts)
     seconds = clock[-1] - clock[0]
-    row = {"step": state.step, "reward": np.mean(rewards), "response_tokens": np.mean(lengths)}
-    for name in ("loss", "grad_norm", "kl", "entropy"):
-        row[name] = np.mean([stats[name] for stats in updates]) if updates else None
-    row |= {name: updates[-1][name] if updates else None for name in ("ess", "kl_old")}
-    row["skipped_updates"] = sum(stats["skipped"] for stats in updates)
-    row["no_signal"] = (weights == 0).all(1).double().mean().item()  # share of prompts
-    row["cut"] = np.mean(cut)  # share of responses that reached the token limit
-    row["distinct"] = len(set(texts))  # different responses
-    row |= dict(zip(("sample_seconds", "update_seconds"), np.diff(clock)))
-    row |= {"step_seconds": seconds, "tokens_per_second": sum(lengths) / seconds}
+    means = ("loss", "grad_norm", "kl", "entropy")
+    row = {
+        "step": state.step,
+        "reward": np.mean(rewards),
+        "response_tokens": np.mean(lengths),
+        **{name: np.mean([stats[name] for stats in updates]) if updates else None for name in means},
+        **{name: updates[-1][name] if updates else None for name in ("ess", "kl_old")},
+        "skipped_updates": sum(stats["skipped"] for stats in updates),
+        "no_signal": (weights == 0).all(1).double().mean().item(),  # share of prompts
+        "cut": np.mean(cut),  # share of responses that reached the token limit
+        "distinct": len(set(texts)),  # different responses
+        "sample_seconds": clock[1] - clock[0],
+        "update_seconds": clock[2] - clock[1],
+        "step_seconds": seconds,
+        "tokens_per_second": sum(lengths) / seconds,
+    }
     record(output, state, row)
     line = f"{state.step:4d}  reward {row['reward']:.3f}  length {row['response_tokens']:5.1f}  {seconds:5.1f} s"
     if not updates:
@@ -1721,10 +1709,12 @@ def load(config: Config) -> tuple:
     task, name = TASKS[config.task], config.model
     if name == "builtin":
         name = "runs/sums-base"
-        in_turn(lambda: build_base(Path(name), config.device))
-    tokenizer, context = in_turn(lambda: load_tokenizer(name))
-    problems, held_out = in_turn(lambda: load_problems(config, task, tokenizer, context))
-    policy = in_turn(lambda: load_policy(name, tokenizer))
+        if LOCAL_RANK == 0:
+            build_base(Path(name), config.device)
+        gather([], "building the base model")
+    tokenizer, context = load_tokenizer(name)
+    problems, held_out = load_problems(config, task, tokenizer, context)
+    policy = load_policy(name, tokenizer)
     vocabulary = policy.get_output_embeddings().weight.shape[0]
     if not 0 <= (config.kl_topk or 0) <= vocabulary:
         raise ValueError(f"--kl-topk {config.kl_topk}: must be 0 to {vocabulary}, the size of the model's vocabulary")

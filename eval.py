@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 import empg
-from empg import RANK, TASKS, WORLD_SIZE, OptionParser, fail, first_line, gather, in_turn, option, progress, say
+from empg import RANK, TASKS, WORLD_SIZE, OptionParser, fail, first_line, gather, option, progress, say
 
 
 @dataclass
@@ -230,12 +230,12 @@ def load(options: Options) -> tuple:
     empg.start_processes(options)
     header, rows, size = gather([resume(options)] if RANK == 0 else [])[0]
     task = TASKS[options.task]
-    problems = in_turn(lambda: task.problems(options.data, options.split))[: options.limit]
+    problems = task.problems(options.data, options.split)[: options.limit]
     questions = [problem["question"] for problem in problems]
     same = header.get("problems", len(problems)) == len(problems)
     same = same and all(row["question"] == questions[row["index"]] for row in rows)
     require(same, f"--output {options.output}: was written for other problems; name another file")
-    tokenizer, context = in_turn(lambda: empg.load_tokenizer(options.model))
+    tokenizer, context = empg.load_tokenizer(options.model)
     for problem, ids in zip(problems, empg.encode_prompts(tokenizer, task, questions, options.prompt_template)):
         problem["prompt"] = ids
     wanted = header.get("max_new_tokens", options.max_new_tokens)
@@ -245,7 +245,7 @@ def load(options: Options) -> tuple:
         limit <= room,
         f"--max-new-tokens {limit}: with the longest prompt and a context of {context} at most {room} fit",
     )
-    model = in_turn(lambda: empg.load_policy(options.model, tokenizer)).to(options.device)
+    model = empg.load_policy(options.model, tokenizer).to(options.device)  # type: ignore[arg-type]
     finite = all(parameter.isfinite().all() for parameter in model.parameters())
     require(finite, f"--model {options.model}: has weights that are not finite; take an earlier checkpoint")
     return empg.freeze(model, getattr(torch, options.dtype)), tokenizer, problems, (header, rows, size)
