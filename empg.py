@@ -100,7 +100,7 @@ class Config:
     max_new_tokens: int = option(512, "token limit of a response")
     temperature: float = option(1.0, "of sampling; the policy that is trained is the tempered one")
     top_p: float = option(1.0, "sample from the likeliest tokens that have this much probability together")
-    algo: Literal["empg", "grpo"] = option("empg", "the method, or the paper's baseline, of another advantage and loss")
+    algo: Literal["empg", "grpo"] = option("empg", "the method, or the baseline of the paper: its advantage and loss")
     smoothing: Literal["sigmoid", "none"] | None = option(None, "of the rewards; empg's default is sigmoid")
     baseline: Literal["loo", "group", "batch", "none"] | None = option(None, "mean to subtract; by default loo")
     beta: float = option(0.0, "weight of KL(policy, anchor); at 0 there is no anchor")
