@@ -100,7 +100,7 @@ class Config:
     max_new_tokens: int = option(512, "token limit of a response")
     temperature: float = option(1.0, "of sampling; the policy that is trained is the tempered one")
     top_p: float = option(1.0, "sample from the likeliest tokens that have this much probability together")
-    algo: Literal["empg", "grpo"] = option("empg", "the method, or the baseline of the paper: its advantage and loss")
+    algo: Literal["empg", "grpo"] = option("empg", "grpo, the paper's baseline, has another advantage and loss")
     smoothing: Literal["sigmoid", "none"] | None = option(None, "of the rewards; empg's default is sigmoid")
     baseline: Literal["loo", "group", "batch", "none"] | None = option(None, "mean to subtract; by default loo")
     beta: float = option(0.0, "weight of KL(policy, anchor); at 0 there is no anchor")
@@ -705,11 +705,15 @@ def gsm8k_reward(response: str, answer: str) -> float:
 WORDS = r"\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}"
 UNIT = r"(?:\s*" + WORDS + r"|(?<=\d) +(?!(?:or|and|pi)\b)[A-Za-z]{2,}[A-Za-z ]*)(?:\^\{?\d\}?)?"
 # What people read otherwise than math_verify does: (pattern, replacement)
-SPELLINGS: list[tuple] = [
+SPELLINGS: Any = [
     (THOUSANDS, ","),
     (r"~|\\[,;:!]", " "),
+    (r"[−–]", "-"),
+    (r"°", r"^\\circ"),
     (r"(?<=\d)i\b", " i"),
     (r"(frac)\s*(\\[a-z]+)", r"\1{\2}"),  # \frac\pi4
+    (r"(\d+)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", lambda m: repeating(*m.groups())),
+    (r"\\begin\{[pb]matrix\}([^&]*?)\\end\{[pb]matrix\}", lambda m: "(" + m[1].replace(r"\\", ",") + ")"),
     (r"\\(?:text|mbox)\s*\{((?:[^{}]*\d|\W*(?:or|and)\b)[^{}]*)\}", r" \1 "),  # 5 \text{ or 6} is not 5 with a unit
     (r"(?<=.)(?:" + UNIT + r")+$", ""),
     (r"^(?:" + WORDS + r"[\s=:]*)+(?=.)", ""),  # \text{Area} = 5
@@ -721,6 +725,12 @@ HUGE = re.compile(
     r"\^\s*(?:\d{5}|\w\s*\^|\{[^}]*(?:\d{5}|[\^!]))|(?:\d{5}|[)}!])\s*!|binom\s*\{[^}]*(?:\d{5}|[\^!])"
     r"|\\(?:choose|sum|prod|int|lim|gcd)(?![a-z])|[({]{9}"
 )
+
+
+def repeating(whole: str, fixed: str, period: str) -> str:
+    """A repeating decimal as a fraction: 0.1\\overline{6} is (16 − 1)/90."""
+    top, bottom = int(whole + fixed + period) - int(whole + fixed), "9" * len(period) + "0" * len(fixed)
+    return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 @lru_cache(maxsize=4096)
@@ -761,6 +771,11 @@ def sums_answer(response: str) -> str | None:
     return response.rpartition("#")[2].strip() if "#" in response else None
 
 
+def sums_reward(response: str, answer: str) -> float:
+    """1.0 if what follows the last "#" is the answer."""
+    return float(sums_answer(response) == answer)
+
+
 def sums_problems(data: str | None, split: str) -> list[dict]:
     """All 10,000 sums of four digits, of which 500, the same ones always, are the test split and never trained on."""
     if data is not None:
@@ -797,9 +812,7 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 GSM8K = partial(hub_problems, "openai/gsm8k", "main", ("question", "answer"))
 MATH_HARD = partial(hub_problems, "lighteval/MATH-Hard", None, ("problem", "solution"))
 TASKS = {
-    "sums": Task(
-        lambda r, a: float(sums_answer(r) == a), sums_answer, sums_problems, "Answer after a #.", "{question}"
-    ),
+    "sums": Task(sums_reward, sums_answer, sums_problems, "Write the answer after a #.", "{question}"),
     "gsm8k": Task(gsm8k_reward, gsm8k_answer, GSM8K, BOXED),
     "math-hard": Task(math_reward, last_boxed, MATH_HARD, BOXED),
 }
@@ -1593,12 +1606,17 @@ def choose_device(config) -> None:
         config.dtype = "bfloat16" if bf16 else "float32"
 
 
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
 def check(config: Config) -> None:
     """Raise ValueError for an option that cannot work, before anything is loaded; the message says what to change."""
 
     def require(name: str, holds: Any, advice: str) -> None:
         if not holds:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {advice}")
+            raise ValueError(f"{flag(name)} {getattr(config, name)}: {advice}")
 
     counts = "steps prompts_per_step num_samples max_new_tokens micro_batch_tokens epochs keep ema_every"
     for name in counts.split():
@@ -1624,8 +1642,8 @@ def check(config: Config) -> None:
     require("anchor", config.beta or config.anchor == "initial", "needs --beta above 0")
     require("kl", config.beta or config.kl == "k3", "needs --beta above 0")
     require("kl_topk", config.kl_topk is None or config.kl == "topk", "needs --kl topk")
-    tracker = config.report_to
-    require("report_to", not tracker or find_spec(tracker), f"is not installed; pip install {tracker}")
+    package = config.report_to
+    require("report_to", not package or find_spec(package), f"is not installed; pip install {package}")
     require("resume", not config.resume or config.output, "needs --output, the directory of the run")
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     require("resume", config.resume or not restarts, "torchrun --max-restarts needs --resume, else it would begin anew")
@@ -1656,9 +1674,8 @@ def make_output(config: Config) -> Path:
         except (OSError, ValueError) as error:
             raise ValueError(f"--output {output}: has no readable config.json of a run to resume") from error
         for name in asdict(config).keys() - {"device", *CHANGEABLE}:
-            flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
-            if name in before and before[name] != value:
-                raise ValueError(f"{flag} {value}: the run to resume has {before[name]}")
+            if name in before and before[name] != getattr(config, name):
+                raise ValueError(f"{flag(name)} {getattr(config, name)}: the run to resume has {before[name]}")
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -1683,12 +1700,24 @@ def load_problems(config: Config, task: Task, tokenizer, context: int) -> tuple[
     rows = problems + held_out
     for row, ids in zip(rows, encode_prompts(tokenizer, task, [r["question"] for r in rows], config.prompt_template)):
         row["prompt"] = ids
-    if (room := context - max(len(row["prompt"]) for row in rows)) < config.max_new_tokens:
-        raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens}: with the longest prompt it exceeds the model's context of {context};"
-            f" at most {room} fit"
-        )
+    response_limit(config.max_new_tokens, rows, context)
     return problems, held_out
+
+
+def response_limit(wanted: int | None, rows: list[dict], context: int) -> int:
+    """--max-new-tokens, or without one what the context leaves behind the longest prompt, but at most 1024.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    longest = max(len(row["prompt"]) for row in rows)
+    limit = wanted or max(1, min(1024, context - longest))
+    if longest + limit > context:
+        raise ValueError(
+            f"--max-new-tokens {limit}: with the longest prompt, {longest} tokens, it exceeds the model's"
+            f" context of {context}; at most {context - longest} fit"
+        )
+    return limit
 
 
 def load(config: Config) -> tuple:
@@ -1721,7 +1750,8 @@ def load(config: Config) -> tuple:
     state = begin(config, policy)
     data = {"the training data": problems, "the held-out data": held_out}
     facts: dict[str, object] = {what: hashlib.sha256(repr(rows).encode()).hexdigest() for what, rows in data.items()}
-    agree(facts | {f"the weights {name}": bits(parameter) for name, parameter in state.old_policy.named_parameters()})
+    weights = state.old_policy.named_parameters() if WORLD_SIZE > 1 else ()  # to read them all takes seconds
+    agree(facts | {f"the weights {name}": bits(parameter) for name, parameter in weights})
     if config.resume:
         load_checkpoint(output, state)
         agree({"the checkpoint to resume": state.step})

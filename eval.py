@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 import empg
-from empg import RANK, TASKS, WORLD_SIZE, OptionParser, fail, first_line, gather, option, progress, say
+from empg import RANK, TASKS, WORLD_SIZE, OptionParser, fail, first_line, flag, gather, option, progress, say
 
 
 @dataclass
@@ -239,12 +239,7 @@ def load(options: Options) -> tuple:
     for problem, ids in zip(problems, empg.encode_prompts(tokenizer, task, questions, options.prompt_template)):
         problem["prompt"] = ids
     wanted = header.get("max_new_tokens", options.max_new_tokens)
-    room = context - max(len(problem["prompt"]) for problem in problems)
-    options.max_new_tokens = limit = wanted or max(1, min(1024, room))
-    require(
-        limit <= room,
-        f"--max-new-tokens {limit}: with the longest prompt and a context of {context} at most {room} fit",
-    )
+    options.max_new_tokens = empg.response_limit(wanted, problems, context)
     model = empg.load_policy(options.model, tokenizer).to(options.device)  # type: ignore[arg-type]
     finite = all(parameter.isfinite().all() for parameter in model.parameters())
     require(finite, f"--model {options.model}: has weights that are not finite; take an earlier checkpoint")
@@ -352,10 +347,6 @@ def paper_scores(name: str, config, task: str) -> dict | None:
 
 def table(title: str, lines: dict[str, str]) -> str:
     return "\n".join([title, *(f"  {name:<24}  {text}" for name, text in lines.items())])
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def describe(s: dict) -> str:

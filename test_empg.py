@@ -1,5 +1,5 @@
 """The second half of the lesson: each test states the claim that it proves, on policies small enough to enumerate, on
-tiny real models, and on whole runs of the command. `pytest -q` takes three minutes on two cores and needs no network.
+tiny real models, and on whole runs of the command. `pytest -q` takes four minutes on two cores and needs no network.
 """
 
 import copy
@@ -892,13 +892,13 @@ MATH_BOXES = r"""
 5 :: 5\% | \$5 | 5\$ | \text{5 dollars} | 5 \text{ (five)} | \sqrt{25} | \frac{10}{2} :: \text{Room 5} | 5\text{ hours and }30\text{ minutes}
 3 :: :: 3, 4 | 3 \text{ or } 4 | 3 or 4 | \{3, 4\} | (3, 4) | [3, 4] | 3 \quad 4 | 3; 4 | \pm 3 | 3 \text{ and } 4 \text{ cm} | 3 \text{ or 4}
 3 :: :: x = 3, x = 4 | x = 3 \text{ or } 4 | 4 \text{ or } 3 | 3 \text{ if } x > 0, 4 \text{ otherwise} | 3:4 | 3/4 | 3i | \foo{4} 3
-\frac{1}{3} :: \frac13 | 1/3 | \dfrac{2}{6} :: 0.3 | 0.33 | 3 | \foo \frac{1}{3}
-0.1\overline{6} :: 0.1\overline{6} :: 0.1 | 0.16 | 0.\overline{16} | -0.1\overline{6}
+\frac{1}{3} :: \frac13 | 1/3 | 0.\overline{3} | 0.\bar{3} | \dfrac{2}{6} :: 0.3 | 0.33 | 3 | \foo \frac{1}{3}
+0.1\overline{6} :: \frac{1}{6} | 0.1\overline{6} | 0.1\overline{66} :: 0.1 | 0.16 | 0.\overline{16} | -0.1\overline{6}
 -\frac{3}{4} :: -0.75 | \frac{-3}{4} | \frac{3}{-4} | −\frac{3}{4} | - \tfrac34 | -\cfrac{3}{4} :: \frac{3}{4} | -\frac{4}{3} | -0.7
 2\frac{1}{2} :: \frac{5}{2} | 2.5 | 2 \frac12 :: 1 | 2, \frac12
 \frac \pi4 + 2 - \sqrt2 :: \frac{\pi}{4} + 2 - \sqrt{2} | 2-\sqrt2+\frac{1}{4}\pi :: \frac{\pi}{4} + 2 + \sqrt{2}
 50,\!625 :: 50625 | 50,625 | 50{,}625 | 50\,625 | \$50,625.00 :: 50 | 625 | 50, 62
-22^\circ :: 22 | 22^{\circ} | 22 \text{ degrees} | \angle A = 22^\circ :: 23^\circ
+22^\circ :: 22 | 22^{\circ} | 22° | 22 \text{ degrees} | \angle A = 22^\circ :: 23^\circ
 28\% :: 28 | 28% | 0.28 | 28 \text{ percent} :: 29\% | 2.8
 87.5 :: 87.5\% | 87.50 | \frac{175}{2} :: 87 | 875
 12.5\% :: 12.5 | 12.5\% | \frac{1}{8} :: 12 | 125
@@ -912,13 +912,13 @@ x=1, x=2 :: 2, 1 | x = 2, x = 1 | x = 1, 2 :: 1 | x = 1 | 1, 3
 1,-1,-3i :: -3i, 1, -1 | 1, -3i, -1 | \pm 1, -3i :: 1, -1, 3i | 1, -1
 \frac{3 \pm \sqrt{5}}{2} :: \frac{3+\sqrt5}{2}, \frac{3-\sqrt5}{2} | x = \frac{3\pm\sqrt5}{2} :: \frac{3+\sqrt5}{2} | 3 \pm \sqrt5
 -\frac{1}{3} + \frac{2}{3}i :: \frac{-1+2i}{3} | -\frac{1}{3}+\frac{2i}{3} :: -\frac{1}{3}-\frac{2}{3}i
-(6,31,-1) :: (6, 31, -1) | \left(6,31,-1\right) | (a,b,c) = (6,31,-1) :: (31,6,-1) | 6
+(6,31,-1) :: (6, 31, -1) | \left(6,31,-1\right) | (a,b,c) = (6,31,-1) | \begin{pmatrix}6\\31\\-1\end{pmatrix} :: (31,6,-1) | 6
 (2,12) :: (2, 12) | x = 2, y = 12 | (x,y) = (2,12) :: (12,2) | [2,12] | 2
 (1,2),(3,4) :: (3,4), (1,2) | (1,2) \text{ and } (3,4) :: (1,2) | (2,1),(3,4)
 [-2,7] :: x \in [-2,7] | -2 \le x \le 7 | \left[-2, 7\right] :: (-2,7) | [-2,7) | [7,-2]
 (2,\infty) :: x > 2 | (2, +\infty) | x \in (2,\infty) :: x \ge 2 | x < 2 | [2,\infty) | 2
 (-\infty,0)\cup (0,\infty) :: x \neq 0 | \mathbb{R} \setminus \{0\} | (0,\infty) \cup (-\infty,0) :: (-\infty,\infty) | (0,\infty)
-\begin{pmatrix} -4\\-3 \end{pmatrix} :: \begin{bmatrix} -4 \\ -3 \end{bmatrix} :: \begin{pmatrix} -3\\-4 \end{pmatrix}
+\begin{pmatrix} -4\\-3 \end{pmatrix} :: \begin{bmatrix} -4 \\ -3 \end{bmatrix} | (-4,-3) :: \begin{pmatrix} -3\\-4 \end{pmatrix}
 \begin{bmatrix} 1&2\\3&4 \end{bmatrix} :: \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} :: \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
 \frac{x^2}{16} - \frac{y^2}{9} = 1 :: \dfrac{x^2}{16}-\dfrac{y^2}{9}=1 | 9x^2 - 16y^2 = 144 :: \frac{x^2}{9}-\frac{y^2}{16}=1 | 1
 y=2x+3 :: 2x+3 | y = 3 + 2x | y-2x=3 :: 2x-3 | y=2x
@@ -1055,12 +1055,7 @@ def tiny(tmp_path_factory):
 def options(model, output, /, **changes) -> list[str]:
     values = {"model": model, "task": "sums", "output": output, "steps": 2, "prompts_per_step": 4, "num_samples": 4,
               "max_new_tokens": 8, "lr": 1e-3, "eval_every": 1, "eval_problems": 6, "device": "cpu"} | changes  # fmt: skip
-    return [
-        word
-        for name, value in values.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    return [word for name, value in values.items() if value is not None for word in (empg.flag(name), str(value))]
 
 
 def load(path) -> torch.nn.Module:
@@ -1143,12 +1138,14 @@ def test_the_seed_decides_the_run(tiny, tmp_path, odd_is_right, monkeypatch):
 
 def test_several_updates_on_one_buffer(tiny, tmp_path, odd_is_right, monkeypatch):
     """--minibatches and --epochs multiply the updates, cover the batch, and let the effective sample size fall below 1."""
-    calls, original = [], empg.update
+    calls, original, batches, sample = [], empg.update, [], empg.sample
     monkeypatch.setattr(empg, "update", lambda *args: calls.append(args) or original(*args))
+    spy = lambda model, prompts, *args, **how: batches.append(prompts) or sample(model, prompts, *args, **how)
+    monkeypatch.setattr(empg, "sample", spy)
     empg.main(options(tiny, tmp_path, steps=1, minibatches=2, epochs=3, lr=0.03, warmup_steps=0))
     assert len(calls) == 6
-    halves = [{tuple(t.prompt) for t in args[2]} for args in calls]
-    assert halves == halves[:2] * 3 and len(halves[0]) == len(halves[1]) == 2 and not halves[0] & halves[1]
+    (batch,) = (prompts for prompts in batches if len(prompts) == 4)  # the others are evaluations, of six
+    assert [sorted({batch.index(t.prompt) for t in args[2]}) for args in calls] == [[0, 2], [1, 3]] * 3
     assert [args[3] for args in calls] == [8] * 6
     assert [args[5] is None for args in calls] == [True] + [False] * 5
     assert metrics(tmp_path)[1]["ess"] < 0.999
@@ -1443,6 +1440,7 @@ def test_any_number_of_processes_does_what_one_does(alone, processes, kind, flag
     assert drawn == single["trajectories"]
     for rank in ranks:
         assert len(rank["gradients"]) == len(single["gradients"]) >= 2
+        assert all(map(torch.equal, rank["gradients"], ranks[0]["gradients"]))  # else the copies of θ would drift apart
         for ours, theirs in zip(rank["gradients"], single["gradients"]):
             same = (ours - theirs).norm() <= 1e-5 * theirs.norm()
             assert same, "statistics per rank in place of the whole batch's, or a mean over ranks with unequal work"
@@ -1461,7 +1459,7 @@ def options_table() -> str:
         default = "" if option.default is None else f"`{option.default}`".replace("False", "off")
         kind = next((k for k in (option.type, *get_args(option.type)) if get_origin(k) is Literal), None)
         choices = ", ".join(f"`{choice}`" for choice in get_args(kind)) + ": " if kind else ""
-        rows.append(f"| `--{option.name.replace('_', '-')}` | {default} | {choices}{option.metadata['help']} |")
+        rows.append(f"| `{empg.flag(option.name)}` | {default} | {choices}{option.metadata['help']} |")
     return "\n".join(rows)
 
 
@@ -1764,6 +1762,17 @@ def test_out_of_memory_halves_what_is_sampled_at_a_time(tiny, tmp_path, odd_is_r
     assert stop.value.code == 1 and "--max-new-tokens" in capsys.readouterr().err
 
 
+def test_an_evaluation_samples_no_more_at_a_time_than_an_iteration(tiny, tmp_path, odd_is_right, monkeypatch):
+    """However many problems are held out, the memory of sampling is that of a batch: 40 of them, 16 responses at a time."""
+    original, sizes = empg.sample, []
+    count = lambda model, prompts, samples, **how: (
+        sizes.append(len(prompts) * samples) or original(model, prompts, samples, **how)
+    )
+    monkeypatch.setattr(empg, "sample", count)
+    empg.main(options(tiny, tmp_path, steps=1, eval_problems=40))
+    assert sizes == [16, 16, 8, 16, 16, 16, 8]
+
+
 @needs_data
 def test_learns_on_real_text(tmp_path, monkeypatch):
     """On GSM8K's own questions, through chat template and BPE, a random model learns to stop within 20 tokens."""
@@ -1820,7 +1829,7 @@ def refuses(capsys, argv, *words):
         ({"no_such_option": 1}, ["--no-such-option", "--help"]),
         ({"steps": "many"}, ["--steps", "many"]),
         ({"task": "chess"}, ["chess", "sums, gsm8k, math-hard"]),
-        ({"baseline": "mean"}, ["--baseline", "'mean'", "loo"]),
+        ({"baseline": "mean"}, ["--baseline", "'mean'", "loo", "group", "batch", "none"]),
         ({"prompts_per_step": 0}, ["prompts-per-step", "at least 1"]),
         ({"num_samples": 0}, ["num-samples", "at least 1"]),
         ({"num_samples": 1}, ["num-samples 1", "loo"]),
@@ -1846,20 +1855,20 @@ def refuses(capsys, argv, *words):
         ({"data": "anything"}, ["--data", "sums"]),
         ({"max_new_tokens": 60}, ["max-new-tokens 60", "context of 64", "at most 56"]),
         ({"algo": "grpo", "num_samples": 1}, ["num-samples 1", "grpo"]),
-        ({"algo": "ppo"}, ["--algo", "'ppo'", "grpo"]),
+        ({"algo": "ppo"}, ["--algo", "'ppo'", "empg", "grpo"]),
         ({"algo": "grpo", "smoothing": "sigmoid"}, ["--smoothing sigmoid", "--algo grpo"]),
         ({"algo": "grpo", "baseline": "loo"}, ["--baseline loo", "--algo grpo"]),
-        ({"smoothing": "tanh"}, ["--smoothing", "'tanh'", "sigmoid"]),
+        ({"smoothing": "tanh"}, ["--smoothing", "'tanh'", "sigmoid", "none"]),
         ({"kl": "topk"}, ["--kl topk", "--beta"]),
         ({"anchor": "ema"}, ["--anchor ema", "--beta"]),
-        ({"anchor": "last", "beta": 0.1}, ["--anchor", "'last'", "initial"]),
+        ({"anchor": "last", "beta": 0.1}, ["--anchor", "'last'", "initial", "ema", "old"]),
         ({"beta": 0.1, "kl_topk": 4}, ["--kl-topk 4", "--kl topk"]),
         ({"beta": 0.1, "kl": "topk", "kl_topk": -1}, ["--kl-topk -1", "0 to 18"]),
         ({"beta": 0.1, "kl": "topk", "kl_topk": 19}, ["--kl-topk 19", "0 to 18"]),
         ({"ema_decay": 1.5, "beta": 0.1}, ["--ema-decay 1.5", "0 to 1"]),
         ({"ema_every": 0}, ["ema-every", "at least 1"]),
         ({"keep": 0}, ["keep", "at least 1"]),
-        ({"report_to": "paper"}, ["report-to", "'paper'", "tensorboard"]),
+        ({"report_to": "paper"}, ["report-to", "'paper'", "tensorboard", "wandb"]),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
