@@ -332,7 +332,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
     """Algorithm 1. Every iteration and evaluation adds a row to OUTPUT/metrics.jsonl.
 
     `policy` (θ), `old_policy` (θ*, whole on every process; in the end θ) and `reference` (or None) begin as the base model.
-    `problems` and `held_out` are rows with prompt, question and answer.
+    `problems` and `held_out` have prompt, question and answer.
     """
     task, P, G = TASKS[config.task], config.prompts_per_step, config.num_samples
     limits = config.max_new_tokens, min(config.sample_batch, P * G // WORLD_SIZE)
@@ -363,8 +363,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         stats = update(policy, optimizer, D, weights.flatten(), config, reference)
         if reference is not None and step % config.ema_every == 0:
             copy_weights(policy, reference, config.ema_decay)  # a moving anchor (EMA-PG)
-
-        # What is left: to tell and to keep
+        # Record and save
         tokens, seconds = sum(len(row["response"]) for row in D), time.perf_counter() - start
         row = {"step": step, "reward": rewards.mean().item(), "response_tokens": tokens / len(D), **stats}
         row |= {"no_signal": np.mean((weights == 0).all(1).tolist()), "cut": np.mean([row["cut"] for row in D])}
@@ -476,7 +475,8 @@ def last_boxed(text: str) -> str | None:
 
 def final_answer(text: str) -> str | None:
     """The last \\boxed{}, else the first number after the last "####" or "answer is", else the last number; or None."""
-    *before, last = re.split(r"####|answer is", text, flags=re.IGNORECASE)
+    *before, last = re.split(r"(?i)####|answer is", text)
+    last = " ".join(part.rpartition("=")[2] for part in re.split(r"\.\s|\n", last))  # 5 of 2 + 3 = 5
     numbers = re.findall(r"(?:(?<![\w)])-)?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)", last.replace("$", ""))
     return last_boxed(text) or "".join(numbers[:1] if before else numbers[-1:]).replace(",", "") or None
 
@@ -502,7 +502,7 @@ def same(given: str | None, answer: str) -> float:
 
 
 def sums_problems(data, split):
-    """The 10,000 sums of four digits, of which 500, always the same, are the test split."""
+    """The 10,000 sums of four digits, always the same 500 of which are the test split."""
     if data is not None:
         raise ValueError("--data: the task sums has its own")
     order = np.random.default_rng(0).permutation(10_000)
@@ -576,7 +576,7 @@ def respond(model, tokenizer, task, problems, num_samples, max_new_tokens, sampl
     return gather(rows)
 
 
-# ---- Many devices, records and checkpoints
+# ---- Devices, records and checkpoints
 
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(*v)) for v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -585,7 +585,7 @@ def start_processes(device):
     """Joins torchrun's processes."""
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    if not dist.is_initialized():  # gloo and NCCL
+    if not dist.is_initialized():
         store = dist.HashStore() if WORLD_SIZE == 1 else next(dist.rendezvous("env://", RANK, WORLD_SIZE))[0]
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # a restart meets anew
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD_SIZE)
@@ -671,7 +671,7 @@ progress = partial(tqdm, leave=False, delay=2, disable=RANK != 0)
 
 
 def fail(message):
-    """Ends with one line on standard error."""
+    """Ends with one line on stderr."""
     if LOCAL_RANK == 0:
         print("error:", str(message).splitlines()[0], file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -726,7 +726,7 @@ def main(argv=None):
         known = {row["question"] for row in tests}  # never trained on
         problems = [row for row in task.problems(config.data, "train") if row["question"] not in known]
         if not problems:
-            raise ValueError("--data: every problem to train on is in the test split")
+            raise ValueError("--data: all problems are in the test split")
         held_out = [tests[i] for i in np.random.default_rng(0).permutation(len(tests))[: config.eval_problems]]
         tokenizer, policy = load_model(config.model)
         add_prompts(problems + held_out, task, tokenizer, policy, config.max_new_tokens)
@@ -734,7 +734,7 @@ def main(argv=None):
         fail(error)
     if RANK == 0:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        (output / "config.json").write_text(json.dumps(asdict(config), indent=2))
     say(f"{config}\n{len(problems)} problems to train on, {len(held_out)} held out")
     old_policy = load_model(config.model, getattr(torch, config.dtype))[1].requires_grad_(False).to(config.device)
     reference = spread(load_model(config.model)[1].requires_grad_(False), config) if config.beta else None

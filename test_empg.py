@@ -497,7 +497,7 @@ def test_mistake_list_of_guesses_rewarded():
 TEXTS = r"""
 #### 72 :: 72 | #### $1,200.00 :: 1,200 | #### 5 and then 7 8 :: 5 | **$18** :: 18 | A: 1,200 :: 1200 | 10-3 :: 3
 The answer is: 18. :: 18 | The answer is 18. Let me double check: 3*6=18 and 2+2=4 :: 18 | no idea :: None
-The final answer is $18.50. :: 18.5 | The answer is 5. Wait. The answer is 18. :: 18
+The final answer is $18.50. :: 18.5 | So the answer is 144 - 24 = 120. :: 120 | The answer is 5. Wait. The answer is 18. :: 18
 \boxed{5}. No: \boxed{18}, I hope. 7 :: 18
 """
 
