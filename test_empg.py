@@ -318,7 +318,7 @@ def test_sample_does_not_depend_on_its_company():
     """A trajectory is the same alone, in another order, with more samples, with padding, or with a higher limit."""
     model, seeds = make_model(scale=0.3), [11, 12, 13, 14]
     together = empg.sample(model, PROMPTS, 6, 20, seeds=seeds, **LIMITS)
-    assert len({len(r) for r in together}) > 4  # rows have left the batch at many moments
+    assert len({len(r) for r in together}) > 4
     for i, (prompt, seed) in enumerate(zip(PROMPTS, seeds)):
         for samples, limit in ((6, 20), (2, 20), (6, 4)):
             expected = [r[:limit] for r in together[6 * i : 6 * i + samples]]
@@ -470,7 +470,7 @@ BOXES = {
 5 :: 5 \text{ apples} :: 5 \text{ hours and } 30 \text{ minutes} | 5 \text{ to } 6 | 5 \text{ if } x > 0, 4 \text{ otherwise}
 """,
     "math-hard": r"""
-5 :: 5 | 5.0 | 5. | x = 5 | 3+2 = 5 | \text{Area} = 5 | 5 \text{ cm}^2 | \$5 | \sqrt{25} | \boxed{5} :: 6 | -5 | x \ge 5 | 5x | 5!
+5 :: 5 | 5.0 | 5. | x = 5 | 3+2 = 5 | \text{Area} = 5 | 5 \text{ cm}^2 | \$5 | \sqrt{25} | \boxed{5} :: 6 | -5 | x \ge 5 | 5x
 3 :: 3 :: 3, 4 | 3 \text{ or } 4 | 3 or 4 | \{3, 4\} | (3, 4) | 3 \quad 4 | 3; 4 | \pm 3 | 3 \text{ or 4} | x = 3, x = 4 | 3:4
 -\frac{3}{4} :: -0.75 | \frac{-3}{4} | - \tfrac34 :: \frac{3}{4} | -\frac{4}{3}
 22^\circ :: 22 | 22^{\circ} | 22 \text{ degrees} :: 23^\circ
@@ -948,7 +948,7 @@ def test_a_killed_evaluation_goes_on(tiny, tmp_path, capfd):
 
 
 def results(path, correct, samples=1, tokens=5, question="q") -> str:
-    """Write a results file with these outcomes and return its path."""
+    """A results file with these outcomes."""
     common = {"tokens": tokens, "response": "Wait, no."}
     rows = [{"question": f"{question}{i // samples}", "correct": bool(x)} | common for i, x in enumerate(correct)]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in ({"num_samples": samples}, *rows)))
@@ -1063,10 +1063,10 @@ def test_studies_that_measure(tiny, tmp_path, odd_is_right, capsys):
 
 
 def test_word_problems(tmp_path, capsys):
-    """Both stages run on parts that share no problem, and scores; repeated, the command does nothing again."""
+    """Stages on parts that share no problem, and scores; repeated, none of it is done again."""
     make_model(max_position_embeddings=128, scale=0.1).save_pretrained(tmp_path / "model")
     make.character_tokenizer().save_pretrained(tmp_path / "model")
-    row = lambda i: {"body": f"{i}+", "question": "1=", "formula": f"{i % 3}+0={i % 3}", "answer": f"{i % 3} (figs)"}
+    row = lambda i: {"body": f"{i}+", "question": "1=", "formula": f"{i % 3}+0={i % 3}", "answer": f"{i % 3} (x)"}
     data = write_rows(tmp_path / "data", validation=[row(i) for i in range(990)])
     svamp = write_rows(tmp_path / "svamp", test=[{"Body": "1+", "Question": "1=", "Answer": "2"}])
     parts = [{row["question"] for row in word_problems.asdiv(part, str(data))} for part in word_problems.PARTS]
@@ -1076,8 +1076,10 @@ def test_word_problems(tmp_path, capsys):
     word_problems.main(words)
     report = capsys.readouterr().out
     assert len(metrics(tmp_path / "empg-0")) == 4 and report.count("McNemar") == 2
+    shutil.rmtree(tmp_path / "model")
     word_problems.main(words)
-    assert capsys.readouterr().out.endswith(report[report.index("accuracy  ") :])
+    again = capsys.readouterr().out
+    assert "Resuming after iteration 2" in again and again.endswith(report[report.index("accuracy  ") :])
 
 
 def test_the_readme_examples(tiny, tmp_path):

@@ -71,8 +71,8 @@ def study(model_name: str, seed: int, batches: int, updates: int, P: int = 32, G
         kl, ess = empg.kl_k3(old, log_p.detach()).mean().item(), effective_sample_size(log_w)
         cosine = torch.cosine_similarity(ours, theirs, dim=0).item()
         distance.append([kl, ess, cosine, (ours.norm() / theirs.norm()).item()])
-        optimizer.zero_grad()
-        (-(weights.flatten().to(log_p) * log_p).mean()).backward()
+        for parameter, g in zip(model.parameters(), ours.split([p.numel() for p in model.parameters()])):
+            parameter.grad = g.view_as(parameter)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return variance, distance

@@ -4,8 +4,8 @@
     python studies/word_problems.py [--output DIR] [--seed N] [--grpo] [the options of empg.py]
 
 Stage 1 demonstrates equations, `2 + 4 = 6`, to 250 problems of ASDiv: supervised learning, which is the M-step with every
-weight 1. Stage 2 is EMPG (--grpo: studies/grpo.py) on 1,220 others, with nothing but right or wrong. Then both models
-are scored on 400 problems of ASDiv that no stage saw, and on SVAMP. The same command goes on after a kill, and seeds
+weight 1. Stage 2 is EMPG (--grpo: studies/grpo.py) on 846 others, with nothing but right or wrong. Then both models
+are scored on 300 problems of ASDiv that no stage saw, and on SVAMP. The same command goes on after a kill, and seeds
 share stage 1.
 """
 
@@ -63,19 +63,16 @@ empg.TASKS["svamp"] = empg.Task(GRADER, svamp, PROMPT)
 def demonstrate(name: str, data: str, directory: Path, updates: int = 24, batch: int = 16, lr: float = 1e-4) -> None:
     """Stage 1: question → equation; model and tokenizer are saved in `directory`."""
     problems = asdiv("demonstrations", data)
-    tokenizer, model = empg.load_model(name, torch.float32)
+    (tokenizer, model), config = empg.load_model(name, torch.float32), empg.Config(num_samples=1)
     empg.add_prompts(problems, empg.TASKS["asdiv"], tokenizer, model)
     for problem in problems:
         problem["response"] = [*tokenizer(problem["equation"])["input_ids"], tokenizer.eos_token_id]
-    optimizer, rng = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(model.to(config.device).parameters(), weight_decay=0.0, fused=True)
+    rng = np.random.default_rng(0)
     for i in empg.progress(range(updates), "demonstrating"):
-        chosen = [problems[j] for j in rng.choice(len(problems), batch, replace=False)]
-        logprobs, mask = empg.log_probs(model, *([row[key] for row in chosen] for key in ("prompt", "response")))
-        empg.empg_loss(logprobs, mask, torch.ones(batch)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rows = [problems[j] for j in rng.choice(len(problems), batch, replace=False)]
         optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / 5, 2 * (1 - i / updates))
-        optimizer.step()
-        optimizer.zero_grad()
+        empg.update(model, optimizer, rows, torch.ones(batch), config)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)  # the last of it
 
