@@ -7,18 +7,19 @@ policy; the best q is ∝ P_θ* R. M-step: raise log P_θ of the samples in prop
 at every iteration, there are no importance weights and no clipping.
 
     Algorithm 1                                  here
-     1  θ ← base model                           load_model
-     2  for each iteration:                      train
-     4      θ* ← θ                               copy_weights
-     6      for each prompt of the batch:        respond
-     7, 8       sample responses from P_θ*       sample
-     9          reward each                      Task.reward
-    12      update θ along Eq. 12                smooth_rewards, subtract_baseline, update (log_probs, empg_loss)
+     1  θ ← base model                       load_model
+     2  for each iteration:                  train
+     4      θ* ← θ                           copy_weights
+     6      for each prompt of the batch:    respond
+     7, 8       sample responses from P_θ*   sample
+     9          reward each                  Task.reward
+    12      update θ along Eq. 12            smooth_rewards, subtract_baseline, update (log_probs, empg_loss)
 
-    python empg.py                               a laptop: learns to add step by step within a minute
-    torchrun --nproc-per-node 4 empg.py          GPUs: Qwen2.5-1.5B on GSM8K
+    python empg.py                           a laptop: learns to add step by step within a minute
+    torchrun --nproc-per-node 4 empg.py      GPUs: Qwen2.5-1.5B on GSM8K
 """
 
+import ctypes
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,20 +42,21 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.hf_argparser import HfArg
 
 CUDA = torch.cuda.is_available()
+CHUNK = 2048 if CUDA else 256  # tokens whose logits are held
 
 
-def option(default, help: str) -> Any:
+def option(default, help):
     return HfArg(default=default, help=help)
 
 
 @dataclass
 class Config:
-    """Every option of a run, with defaults for a pretrained language model."""
+    """The options of a run, with defaults for a pretrained model."""
 
     model: str = option(None, "hub name or directory; by default as suits the machine")
     task: str = option(None, "sums, gsm8k or math-hard; by default gsm8k")
@@ -85,7 +87,7 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = option("bfloat16" if CUDA else "float32", "of computation")
 
 
-# What a run without --model stands for
+# Runs without --model
 LAPTOP = {"model": str(Path(__file__).resolve().with_name("base")), "task": "sums", "steps": 60, "prompts_per_step": 32}
 LAPTOP |= {"num_samples": 16, "max_new_tokens": 40, "lr": 1e-4, "eval_every": 5, "eval_problems": 500}
 GPU = {"model": "Qwen/Qwen2.5-1.5B"}
@@ -104,10 +106,8 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
     """
     if rewards.numel() == 0 or not rewards.isfinite().all():
         raise ValueError("smooth_rewards needs finite rewards")
-    if rewards.max() == rewards.min():
-        return torch.full_like(rewards / 1, 0.5)
     rewards = rewards / rewards.abs().max()  # its squares stay finite
-    z = (rewards - rewards.mean()) / rewards.std(correction=0)
+    z = ((rewards - rewards.mean()) / rewards.std(correction=0)).nan_to_num()  # equal: 0/0
     limits = torch.finfo(z.dtype)  # to which a sigmoid can round
     return torch.sigmoid(z).clamp(limits.tiny, 1 - limits.eps)
 
@@ -185,8 +185,8 @@ def kl_topk(logits: Tensor, ref_logits: Tensor, tokens: Tensor, k: int) -> Tenso
 
 
 def read_prompts(model, prompts, cache, pad_token_id=0, **how):
-    """The model's output for P prompts, their (P, width) mask and last positions (P, 1). The cache gets the keys and values."""
-    # Left padding ends all prompts in the last column. Positions count real tokens only.
+    """The model's output for P prompts, which fill the cache; their (P, width) mask and last positions (P, 1)."""
+    # Left padding ends all prompts in the last column. Positions do not count it.
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_token_id] * (width - len(p)) + [*p] for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -199,7 +199,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """(B, V) logits, (B,) numbers in [0, 1) → (B,) tokens, by inverting each row's cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # its last entry is not exactly 1
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # ends near 1
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     return tokens.squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
@@ -218,13 +218,13 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
     stops = {eos_token_id} if isinstance(eos_token_id, int) else {*eos_token_id}
     rngs = [np.random.default_rng([seed, g]) for seed in seeds or [0] * len(prompts) for g in range(num_samples)]
     uniforms = torch.tensor(np.stack([rng.random(max_new_tokens, np.float32) for rng in rngs]), device=model.device)
-    cache = StaticCache(model.config, max(map(len, prompts)) + max_new_tokens)
+    cache, room = DynamicCache(), max(map(len, prompts)) + max_new_tokens
+    cache.layers = [StaticLayer(room) for _ in range(model.config.num_hidden_layers)]
     output, mask, position = read_prompts(model, prompts, cache, pad_token_id, logits_to_keep=1)
-    for layer in cache.layers:  # each sample starts from a copy of what was read
-        layer.keys, layer.values = (x.repeat_interleave(num_samples, 0) for x in (layer.keys, layer.values))
+    whole = [[x.repeat_interleave(num_samples, 0) for x in (layer.keys, layer.values)] for layer in cache.layers]
     logits, mask, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, mask, position))
     responses = [[] for _ in rngs]
-    rows = list(range(len(responses)))  # the responses that are in the batch
+    rows = list(range(len(responses)))  # in the batch
     for t in progress(range(max_new_tokens), "sampling"):
         tokens = draw_tokens(logits[:, -1], uniforms[rows, t], temperature)
         for row, token in zip(rows, tokens.tolist()):
@@ -233,12 +233,14 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
         alive = [i for i, row in enumerate(rows) if responses[row][-1] not in stops]
         if not alive or t == max_new_tokens - 1:
             break
-        if len(alive) < 0.8 * len(rows):  # enough have ended to pay for a copy
+        if len(alive) < 0.8 * len(rows):  # pays for a copy
             rows = [rows[i] for i in alive]
             tokens, mask, position = (x[alive] for x in (tokens, mask, position))
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[alive], layer.values[alive]
+            whole = [[x[alive] for x in pair] for pair in whole]
         mask, position = torch.nn.functional.pad(mask, (0, 1), value=1), position + 1
+        for layer, pair in zip(cache.layers, whole):  # attention reads what is filled
+            layer.max_cache_len = mask.shape[1]
+            layer.keys, layer.values = (x[:, :, : mask.shape[1]] for x in pair)
         logits = model(tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache).logits
     return responses
 
@@ -294,7 +296,7 @@ def update(policy, optimizer, rows, weights, config, reference=None):
     """
     G = config.num_samples
     prompt, response = (max(len(row[name]) for row in rows) for name in ("prompt", "response"))
-    # A prompt is read once for its responses, if they fit in a pass. Of weight 0 only the KL has a gradient.
+    # A prompt is read once for its responses, if they fit. Of weight 0 only the KL has a gradient.
     part = G if prompt + G * response <= config.micro_batch_tokens else 1
     size = max(1, config.micro_batch_tokens // (prompt + part * response)) * WORLD_SIZE
     kept = [i for i in range(0, len(rows), G) if weights[i : i + G].any() or reference is not None]
@@ -302,7 +304,7 @@ def update(policy, optimizer, rows, weights, config, reference=None):
     parts = [range(start, start + part) for i in kept for start in range(i, i + G, part)]
     sums = torch.zeros(4, dtype=torch.float64, device=policy.device)
     for batch in progress([parts[start : start + size] for start in range(0, len(parts), size)], "updating"):
-        # A sharded model needs every process in every pass: in the last some do what does not count.
+        # A sharded model needs all processes in every pass: in the last some do what does not count.
         mine = batch[RANK::WORLD_SIZE] or batch[:1]
         prompts, chosen = [rows[places[0]]["prompt"] for places in mine], [i for places in mine for i in places]
         responses = [rows[i]["response"] for i in chosen]
@@ -363,7 +365,6 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         stats = update(policy, optimizer, D, weights.flatten(), config, reference)
         if reference is not None and step % config.ema_every == 0:
             copy_weights(policy, reference, config.ema_decay)  # a moving anchor (EMA-PG)
-        # Record and save
         tokens, seconds = sum(len(row["response"]) for row in D), time.perf_counter() - start
         row = {"step": step, "reward": rewards.mean().item(), "response_tokens": tokens / len(D), **stats}
         row |= {"no_signal": np.mean((weights == 0).all(1).tolist()), "cut": np.mean([row["cut"] for row in D])}
@@ -379,7 +380,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
 
 
 class PromptLayer(DynamicLayer):
-    """Keys and values of prompts. Later ones are joined, not kept: a backward pass may compute a layer again."""
+    """Keys and values of prompts. Later ones are joined, not kept: backward may compute a layer again."""
 
     def update(self, keys, values, *args, **kwargs):
         if self.is_initialized:
@@ -401,7 +402,7 @@ def response_states(model, prompts, responses):
     first, mask, position = (x.repeat_interleave(copies, 0) for x in (output.hidden_states[-1][:, -1:], *read))
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in responses], batch_first=True).to(model.device)
     column = torch.arange(ids.shape[1], device=model.device)
-    mask = torch.nn.functional.pad(mask, (0, len(column)), value=1)
+    mask = torch.cat([mask, torch.ones_like(ids)], 1)
     output = model(ids, attention_mask=mask, position_ids=position + 1 + column, past_key_values=cache, **how)
     mask = column < torch.tensor([[len(response)] for response in responses], device=model.device)
     hidden = torch.cat([first, output.hidden_states[-1][:, :-1]], 1)[mask]
@@ -410,13 +411,10 @@ def response_states(model, prompts, responses):
     return hidden, ids[mask], mask
 
 
-CHUNK = 2048 if CUDA else 256
-
-
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(W h)[token] of hidden states h (n, H), output embeddings W (V, H), tokens (n,) → (n,), in nats.
 
-    Both passes hold the logits, the largest tensor of all, of CHUNK tokens, in one buffer. The backward pass computes them
+    Both passes hold the logits, the largest tensor, of CHUNK tokens, in one buffer. The backward pass computes them
     again, for ∂ log π(token) / ∂ logits = onehot(token) - π.
     """
 
@@ -502,7 +500,7 @@ def same(given: str | None, answer: str) -> float:
 
 
 def sums_problems(data, split):
-    """The 10,000 sums of four digits, always the same 500 of which are the test split."""
+    """The 10,000 sums of four digits; the test split is always the same 500."""
     if data is not None:
         raise ValueError("--data: the task sums has its own")
     order = np.random.default_rng(0).permutation(10_000)
@@ -548,8 +546,7 @@ def add_prompts(problems, task, tokenizer, model, max_new_tokens=None):
 
 def stop_tokens(tokenizer, model):
     """Ids that end a response: EOS, the generation config's, and what ends a turn of the chat template."""
-    configured = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *([configured] if isinstance(configured, int) else configured or [])}
+    stops = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id or []).tolist()}
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ids = tokenizer.apply_chat_template(turns, return_dict=False)
@@ -592,7 +589,7 @@ def start_processes(device):
 
 
 def gather(values):
-    """The values of all processes, in order of rank."""
+    """The values of all processes, by rank."""
     parts = [values] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(parts, values)
@@ -600,10 +597,10 @@ def gather(values):
 
 
 def sum_gradients(parameters):
-    """Sums the gradients over the processes."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """Sums the gradients over the processes, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients and WORLD_SIZE > 1:
-        together = parameters_to_vector(gradients)  # in one message
+        together = parameters_to_vector(gradients)
         dist.all_reduce(together)
         vector_to_parameters(together, gradients)
 
@@ -624,14 +621,14 @@ def state_of(policy, optimizer, reference):
     state = {f"policy.{name}": p for name, p in policy.named_parameters()}
     for name, p in policy.named_parameters():
         if not optimizer.state[p]:  # as AdamW itself begins
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device)}
-            optimizer.state[p] |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = zeros | {"step": torch.zeros((), device=p.device)}
         state |= {f"{kind}.{name}": tensor for kind, tensor in optimizer.state[p].items()}
     return state | {f"reference.{name}": p for name, p in (reference.named_parameters() if reference else ())}
 
 
 def save_checkpoint(output, step, metrics, *models):
-    """Writes OUTPUT/checkpoint-STEP, named so when it is whole, and removes older ones."""
+    """Writes OUTPUT/checkpoint-STEP, named when it is whole, and removes older ones."""
     unfinished, state = output / "unfinished", {"step": step, "metrics": json.dumps(metrics), **state_of(*models)}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(unfinished, single_file_per_rank=False))
     if RANK == 0:
@@ -641,7 +638,7 @@ def save_checkpoint(output, step, metrics, *models):
 
 
 def load_checkpoint(output, *models):
-    """Restores OUTPUT's checkpoint, if any; returns its step and the rows of metrics.jsonl."""
+    """Restores OUTPUT's checkpoint, if any; returns its step and metrics.jsonl's rows."""
     state = {"step": 0, "metrics": "[]", **state_of(*models)}
     for path in sorted(output.glob("checkpoint-*"))[-1:]:
         dcp.load(state, checkpoint_id=path)
@@ -650,7 +647,7 @@ def load_checkpoint(output, *models):
 
 
 def record(config, output, metrics, row):
-    """Tells a row and adds it to metrics.jsonl; null is what is not finite."""
+    """Tells a row and adds it to metrics.jsonl, null for what is not finite."""
     metrics.append({name: value if np.isfinite(value) else None for name, value in row.items()})
     shown = ("eval_accuracy", "reward", "response_tokens", "no_signal", "grad_norm", "step_seconds")
     say(f"{row['step']:4d}  {'  '.join(f'{name} {row[name]:.3f}' for name in shown if name in row)}")
@@ -673,12 +670,12 @@ progress = partial(tqdm, leave=False, delay=2, disable=RANK != 0)
 def fail(message):
     """Ends with one line on stderr."""
     if LOCAL_RANK == 0:
-        print("error:", str(message).splitlines()[0], file=sys.stderr, flush=True)
+        print("error:", str(message).splitlines()[0], file=sys.stderr)
     raise SystemExit(2)
 
 
 def check(config):
-    """Ends the process if an option cannot work."""
+    """Ends where an option cannot work."""
     zero = ("beta", "kl_topk", "ema_decay", "eval_every", "save_every", "seed")  # may be 0
     for name, value in asdict(config).items():
         if type(value) in (int, float) and not (0 < value < np.inf or (value == 0 and name in zero)):
@@ -718,6 +715,9 @@ def main(argv=None):
     config = Config(**vars(parser.parse_args(argv)))
     config.output = config.output or f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     check(config)
+    if sys.platform == "linux":  # keep freed memory: new pages are slow
+        for name, size in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(name, size)
     start_processes(config.device)
     config = gather([config])[0]
     task, output = TASKS[config.task], Path(config.output)
