@@ -47,7 +47,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.hf_argparser import HfArg
 
 CUDA = torch.cuda.is_available()
-CHUNK = 2048 if CUDA else 256  # tokens whose logits are held
+CHUNK = 2048 if CUDA else 256  # in tokens
 
 
 def option(default, help):
@@ -87,7 +87,6 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = option("bfloat16" if CUDA else "float32", "of computation")
 
 
-# Runs without --model
 LAPTOP = {"model": str(Path(__file__).resolve().with_name("base")), "task": "sums", "steps": 60, "prompts_per_step": 32}
 LAPTOP |= {"num_samples": 16, "max_new_tokens": 40, "lr": 1e-4, "eval_every": 5, "eval_problems": 500}
 GPU = {"model": "Qwen/Qwen2.5-1.5B"}
@@ -106,10 +105,11 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
     """
     if rewards.numel() == 0 or not rewards.isfinite().all():
         raise ValueError("smooth_rewards needs finite rewards")
+    if rewards.max() == rewards.min():
+        return torch.full_like(rewards / 1, 0.5)
     rewards = rewards / rewards.abs().max()  # its squares stay finite
-    z = ((rewards - rewards.mean()) / rewards.std(correction=0)).nan_to_num()  # equal: 0/0
-    limits = torch.finfo(z.dtype)  # to which a sigmoid can round
-    return torch.sigmoid(z).clamp(limits.tiny, 1 - limits.eps)
+    z = (rewards - rewards.mean()) / rewards.std(correction=0)
+    return torch.sigmoid(z).clamp(torch.finfo(z.dtype).tiny, 1 - torch.finfo(z.dtype).eps)  # it can round to 0 or 1
 
 
 def subtract_baseline(rewards: Tensor, kind: str = "loo") -> Tensor:
@@ -224,7 +224,7 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
     whole = [[x.repeat_interleave(num_samples, 0) for x in (layer.keys, layer.values)] for layer in cache.layers]
     logits, mask, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, mask, position))
     responses = [[] for _ in rngs]
-    rows = list(range(len(responses)))  # in the batch
+    rows = list(range(len(responses)))
     for t in progress(range(max_new_tokens), "sampling"):
         tokens = draw_tokens(logits[:, -1], uniforms[rows, t], temperature)
         for row, token in zip(rows, tokens.tolist()):
