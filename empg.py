@@ -1,26 +1,53 @@
 #!/usr/bin/env python3
 """EM Policy Gradient (EMPG, arXiv 2504.18587): train a language model to reason from nothing but right or wrong.
 
-A trajectory τ = (prompt, rationale, answer) earns R(τ) = 1 for a right answer, else 0. Expectation-maximisation climbs
-J(θ) = E[R(τ)], τ ~ P_θ, on its bound log J(θ) ≥ E_q[log R + log P_θ - log q]. E-step: sample from a frozen copy θ* of the
-policy; the best q is ∝ P_θ* R. M-step: raise log P_θ of the samples in proportion to their rewards. As θ* becomes θ again
-at every iteration, there are no importance weights and no clipping.
+The *policy* is a language model with parameters θ. A *trajectory* τ is a prompt with a sampled response: a
+rationale and a final answer. P_θ(τ) is the probability that the policy gives this response to this prompt. The
+*reward* R(τ) is 1 if the final answer is right, else 0.
 
-    Algorithm 1                                  here
-     1  θ ← base model                       load_model
-     2  for each iteration:                  train
-     4      θ* ← θ                           copy_weights
-     6      for each prompt of the batch:    respond
-     7, 8       sample responses from P_θ*   sample
-     9          reward each                  Task.reward
-    12      update θ along Eq. 12            smooth_rewards, subtract_baseline, update (log_probs, empg_loss)
+We want a policy with a high expected reward, J(θ) = E[R(τ)] = Σ_τ P_θ(τ) R(τ). Since ∇P = P ∇log P, its gradient is
 
-    python empg.py                           a laptop: learns to add step by step within a minute
-    torchrun --nproc-per-node 4 empg.py      GPUs: Qwen2.5-1.5B on GSM8K
+    ∇J(θ) = Σ_τ R(τ) ∇P_θ(τ) = E[R(τ) ∇log P_θ(τ)].                                            (Eq. 4)
+
+This is an average that samples can estimate: make each sampled trajectory more likely, in proportion to its reward.
+It is called the policy gradient, and the method REINFORCE. EMPG takes it in two steps that repeat, as in
+expectation-maximisation (EM):
+
+    E-step: Freeze a copy θ* of the policy. Sample several trajectories for each prompt from it, into a buffer D,
+            and reward them.
+    M-step: Update θ along the average of (R̃(τ) - b) ∇log P_θ(τ) over the trajectories in D.   (Eq. 12)
+
+R̃ is the reward after smoothing, which brings it between 0 and 1. The *baseline* b is what the policy gets on this
+prompt on average. So trajectories that are better than the average become more likely, and the others less.
+
+PPO and GRPO multiply each term by an importance weight, the ratio of a token's new probability to its old one, and
+clip it. PPO also trains a second network to predict rewards. EMPG does neither.
+
+    Algorithm 1 of the paper                                      in this file
+     1  θ ← base model                                            load_model
+     2  for each iteration:                                       train
+     3      empty the buffer D                                    train
+     4      freeze the old policy: θ* ← θ                         copy_weights
+     5      E-step
+     6      for each prompt of a batch:                           sample_trajectories
+     7, 8       sample several responses from P_θ*, into D        sample
+     9          reward each of them                               Task.reward
+    10      end of the prompts
+    11      M-step
+    12      update θ along the policy gradient on D (Eq. 12)      smooth_rewards, subtract_baseline, update
+    13  end of the iterations
+
+Run it on a laptop, where a tiny model learns to add step by step within a minute:
+
+    python empg.py
+
+or on four GPUs, where Qwen2.5-1.5B learns GSM8K:
+
+    torchrun --nproc-per-node 4 empg.py
 """
 
-import ctypes
 import json
+import math
 import os
 import re
 import shutil
@@ -29,607 +56,1065 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+# The sampler's cache grows at every token. With this setting, CUDA's allocator extends a block of memory instead of
+# looking for a larger one, which would leave holes. It has to be set before torch starts CUDA.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
-from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.hf_argparser import HfArg
 
-CUDA = torch.cuda.is_available()
-CHUNK = 2048 if CUDA else 256  # in tokens
+# torchrun starts one process for each GPU. It tells each of them its number among all processes (RANK), its number on
+# this machine (LOCAL_RANK), and how many processes there are (WORLD_SIZE). Without torchrun there is one process.
+RANK = int(os.environ.get("RANK", "0"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(text: str) -> None:
+    """Prints a line, in the first process only."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+# A progress bar for what takes longer than two seconds, in the first process only.
+progress = partial(tqdm, leave=False, delay=2, disable=RANK != 0)
+
+
+# ------------------------------------------------------------------------------------------
+# Options
+# ------------------------------------------------------------------------------------------
 
 
 def option(default, help):
+    """A field of Config with its default and the text that --help shows."""
     return HfArg(default=default, help=help)
 
 
 @dataclass
 class Config:
-    """The options of a run, with defaults for a pretrained model."""
+    """The options of a run. The defaults suit a pretrained model; `parse_options` fills in those that are None."""
 
-    model: str = option(None, "hub name or directory; by default as suits the machine")
-    task: str = option(None, "sums, gsm8k or math-hard; by default gsm8k")
-    data: str | None = option(None, "hub name or directory of a dataset")
-    output: str | None = option(None, "directory of results; by default in runs/")
-    steps: int = option(200, "iterations")
-    prompts_per_step: int = option(64, "prompts in a batch, over all processes")
-    num_samples: int = option(8, "responses to each prompt")
-    max_new_tokens: int = option(512, "token limit of a response")
-    temperature: float = option(1.0, "of sampling; the tempered policy learns")
-    lr: float = option(1e-6, "AdamW's learning rate")
-    max_grad_norm: float = option(1.0, "limit of the gradient's norm")
-    beta: float = option(0.0, "weight of the KL to a reference, the base model")
-    kl_topk: int | None = option(None, "likeliest tokens whose KL is exact; by default k3")
-    ema_decay: float = option(1.0, "what stays of the reference when it moves")
-    ema_every: int = option(10, "iterations between such moves")
-    eval_every: int = option(10, "iterations between evaluations; 0 for none")
-    eval_problems: int = option(256, "problems in an evaluation")
-    save_every: int = option(20, "iterations between checkpoints; 0 for the last only")
-    resume: bool = option(False, "go on from the checkpoint in --output, if any")
-    sample_batch: int = option(512, "responses sampled at a time: bounds memory")
-    micro_batch_tokens: int = option(4096, "tokens in a pass of the update: bounds memory")
-    gradient_checkpointing: bool = option(False, "compute layers twice: less memory")
-    shard: bool = option(False, "split weights, gradients and averages: less memory")
-    wandb: bool = option(False, "log to Weights & Biases")
-    seed: int = option(0, "of the prompts' order and sampling")
-    device: Literal["cuda", "mps", "cpu"] = option("cuda" if CUDA else "cpu", "where to compute")
-    dtype: Literal["bfloat16", "float32"] = option("bfloat16" if CUDA else "float32", "of computation")
+    model: str | None = option(
+        None, "Name of a model on the Hugging Face hub, or a directory. Default: one that fits this machine."
+    )
+    task: str | None = option(
+        None, "What to learn: sums, gsm8k or math-hard. Default: gsm8k, or sums with the built-in model."
+    )
+    data: str | None = option(
+        None, "Name of a dataset on the hub, or a directory with train.jsonl and test.jsonl, instead of the task's own."
+    )
+    output: str | None = option(None, "Directory for the results. Default: a new one in runs/.")
+    steps: int = option(200, "Number of iterations, each with an E-step and an M-step.")
+    prompts_per_step: int = option(64, "Number of prompts in each iteration's batch, over all processes.")
+    num_samples: int = option(8, "Number of responses sampled for each prompt.")
+    max_new_tokens: int = option(512, "Longest response, in tokens. A longer one is cut off there.")
+    temperature: float = option(1.0, "Temperature of sampling. The update uses the same temperature.")
+    updates: int = option(
+        1, "Number of updates on each iteration's batch. From the second on, the samples are an older policy's."
+    )
+    lr: float = option(1e-6, "Learning rate of AdamW, reached after five iterations.")
+    max_grad_norm: float = option(1.0, "A gradient with a larger norm than this is scaled down to it.")
+    beta: float = option(
+        0.0, "Weight of the KL divergence to the base model, which holds the policy back. 0 leaves it out."
+    )
+    eval_every: int = option(10, "Number of iterations between two evaluations on held-out problems. 0 for none.")
+    eval_problems: int = option(256, "Number of held-out problems in an evaluation.")
+    save_every: int = option(20, "Number of iterations between two checkpoints. 0 for one at the end only.")
+    resume: bool = option(False, "Go on from the checkpoint in --output, or begin there if it has none.")
+    sample_batch: int = option(512, "Number of responses that a process samples at a time. Fewer take less memory.")
+    micro_batch_tokens: int = option(
+        4096, "Number of tokens that a process learns from at a time. Fewer take less memory."
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute each layer again in the backward pass. Slower, but takes less memory."
+    )
+    shard: bool = option(
+        False, "Split the policy over the GPUs with FSDP, for models that do not fit on one. Default: DDP."
+    )
+    wandb: bool = option(False, "Log to Weights & Biases, too.")
+    seed: int = option(0, "Seed of the order of the problems and of sampling.")
+    device: Literal["cuda", "mps", "cpu"] | None = option(
+        None, "Where to compute. Default: cuda if there is a GPU, else cpu."
+    )
+    dtype: Literal["bfloat16", "float32"] | None = option(
+        None, "Precision of computation. Default: bfloat16 on cuda, else float32."
+    )
 
 
-LAPTOP = {"model": str(Path(__file__).resolve().with_name("base")), "task": "sums", "steps": 60, "prompts_per_step": 32}
-LAPTOP |= {"num_samples": 16, "max_new_tokens": 40, "lr": 1e-4, "eval_every": 5, "eval_problems": 500}
-GPU = {"model": "Qwen/Qwen2.5-1.5B"}
+# What `python empg.py` does on a laptop: the tiny model in base/ learns the built-in task.
+LAPTOP = {
+    "model": str(Path(__file__).resolve().with_name("base")),
+    "task": "sums",
+    "steps": 60,
+    "prompts_per_step": 32,
+    "num_samples": 16,
+    "max_new_tokens": 40,
+    "lr": 1e-4,
+    "eval_every": 5,
+    "eval_problems": 500,
+}
 
-# ---- The mathematics: pure functions of tensors
+
+# ------------------------------------------------------------------------------------------
+# The mathematics: pure functions of tensors
+# ------------------------------------------------------------------------------------------
 
 
 def smooth_rewards(rewards: Tensor) -> Tensor:
-    """R̃(τ) = sigmoid((R(τ) - μ) / σ), with μ and σ the mean and standard deviation of the whole batch (section 4.2).
+    """Reward smoothing (section 4.2): R̃(τ) = sigmoid((R(τ) - μ) / σ).
 
-    (N,) finite rewards of all processes → (N,) in (0, 1), all 0.5 when they are equal; else ValueError. For 0/1 rewards it
-    is R̃ = u + s·R: behind a baseline it scales the gradient, no more.
+    μ and σ are the mean and the standard deviation of the rewards of the whole batch, over all processes.
+
+    Rewards of 0 and 1 become two other numbers, so that R̃ - b is R - b times a constant: smoothing then only
+    scales the gradient. It changes the gradient's direction where rewards are graded, and keeps an outlier among
+    them from outweighing all others.
+
+    Takes: rewards, (N,), finite numbers.
+    Returns: (N,), strictly between 0 and 1; all 0.5 if the rewards are equal.
+    Raises: ValueError if there are no rewards, or one is not finite.
 
     >>> smooth_rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([0.8497, 0.3595, 0.3595, 0.3595])
     """
     if rewards.numel() == 0 or not rewards.isfinite().all():
-        raise ValueError("smooth_rewards needs finite rewards")
+        raise ValueError("smooth_rewards needs at least one reward, and finite ones")
+    if not rewards.is_floating_point():
+        rewards = rewards.float()
     if rewards.max() == rewards.min():
-        return torch.full_like(rewards / 1, 0.5)
-    rewards = rewards / rewards.abs().max()  # its squares stay finite
-    z = (rewards - rewards.mean()) / rewards.std(correction=0)
-    return torch.sigmoid(z).clamp(torch.finfo(z.dtype).tiny, 1 - torch.finfo(z.dtype).eps)  # it can round to 0 or 1
+        # No response was better than another, and σ is 0.
+        return torch.full_like(rewards, 0.5)
+
+    # The scale of the rewards does not matter. With the largest at 1, no square in σ can overflow.
+    rewards = rewards / rewards.abs().max()
+    standard_scores = (rewards - rewards.mean()) / rewards.std(correction=0)
+    smoothed = torch.sigmoid(standard_scores)
+
+    # The sigmoid itself never reaches 0 or 1, but far from the mean it is rounded to them.
+    limits = torch.finfo(smoothed.dtype)
+    return smoothed.clamp(limits.tiny, 1 - limits.eps)
 
 
-def subtract_baseline(rewards: Tensor, kind: str = "loo") -> Tensor:
-    """The weights R̃(τ) - b of Eq. 12: (P, G) rewards, prompts × samples → (P, G).
+def subtract_baseline(rewards: Tensor) -> Tensor:
+    """The weights R̃(τ) - b of Eq. 12, which RL calls advantages.
 
-    With `loo`, leave-one-out, b is the mean of the prompt's *other* samples. It does not depend on τ, so it leaves the
-    expected gradient as it is (E[b ∇log P] = 0) and lowers its variance. A mean with τ in it shrinks that gradient: the
-    prompt's (`group`) by (G-1)/G, the `batch`'s by (N-1)/N. `none` is b = 0. Equal rewards of a prompt have weights of
-    exactly 0 with `loo` and `group`. ValueError for another kind or shape.
+    The baseline b is the mean reward of the prompt's *other* samples (leave-one-out, as in RLOO). As it does not
+    depend on τ, subtracting it does not change the expected gradient:
+
+        E[b ∇log P_θ(τ)] = b Σ_τ P_θ(τ) ∇log P_θ(τ) = b Σ_τ ∇P_θ(τ) = b ∇1 = 0.
+
+    (Smoothed rewards depend on each other a little, through μ and σ. In a large batch that is negligible.) But the
+    baseline removes what all samples of a prompt share, because the prompt is easy or hard, and with it much of the
+    variance. It also gives wrong answers a negative weight.
+
+    Takes: rewards, (P, G): prompts × samples of each, with G of 2 or more.
+    Returns: (P, G) weights, exactly 0 for a prompt whose rewards are all equal.
+    Raises: ValueError for another shape.
 
     >>> subtract_baseline(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
     tensor([[ 1.0000, -0.5000, -0.5000],
             [ 0.0000,  0.0000,  0.0000]])
     """
-    if kind not in ("loo", "group", "batch", "none") or rewards.ndim != 2 or (kind == "loo" and rewards.shape[1] < 2):
-        raise ValueError(f"baseline {kind!r}: choose loo (of 2 samples or more), group, batch or none, of a matrix")
-    centred = rewards - rewards[:, :1]  # equal rewards are exactly 0 here
-    if kind == "loo":
-        return centred - (centred.sum(1, keepdim=True) - centred) / (rewards.shape[1] - 1)
-    if kind == "group":
-        return centred - centred.mean(1, keepdim=True)
-    return rewards - rewards.mean() if kind == "batch" else rewards
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError("subtract_baseline needs rewards of shape (prompts, samples), with two samples or more")
+    num_samples = rewards.shape[1]
+
+    # Subtracting the same number from all rewards of a prompt changes none of its weights. Subtract the first reward:
+    # then equal rewards are exactly 0, and rounding cannot leave them a tiny weight.
+    rewards = rewards - rewards[:, :1]
+    sum_of_others = rewards.sum(dim=1, keepdim=True) - rewards
+    baseline = sum_of_others / (num_samples - 1)
+    return rewards - baseline
 
 
 def empg_loss(logprobs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """-(1/N) Σᵢ wᵢ log P_θ(τᵢ), with log P_θ(τ) = Σₜ log π_θ(token t | tokens before it): a scalar in nats.
+    """The loss whose gradient is minus Eq. 12, with wᵢ = R̃(τᵢ) - b:
 
-    Its gradient is minus Eq. 12, E_{τ~D}[∇log P_θ(τ) (R̃(τ) - b)]. A mean over tokens would favour short right answers and
-    long wrong ones. With every weight 1 it is supervised learning. logprobs (N, T); mask (N, T), 1 on the response's
-    tokens and its end of sequence; weights (N,).
+        -(1/N) Σᵢ wᵢ log P_θ(τᵢ)    with    log P_θ(τ) = Σₜ log π_θ(token t | tokens before it).
 
-    >>> logprobs, mask = torch.tensor([[-0.5, -1.0], [-2.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])
+    log P_θ(τ) is a sum over the tokens of the response, its end-of-sequence token included. With a mean in its place,
+    each token of a long response would count less, which favours short right answers and long wrong ones.
+    If all weights are 1, this is the loss of supervised learning.
+
+    Takes: logprobs, (N, T), log-probabilities of the response tokens, in nats;
+        mask, (N, T), 1 on response tokens and 0 on padding;
+        weights, (N,).
+    Returns: a scalar, in nats.
+
+    >>> logprobs = torch.tensor([[-0.5, -1.0], [-2.0, 0.0]])
+    >>> mask = torch.tensor([[1, 1], [1, 0]])
     >>> empg_loss(logprobs, mask, weights=torch.tensor([1.0, -1.0]))
     tensor(-0.2500)
     """
-    return -(weights * logprobs.masked_fill(mask == 0, 0).sum(1)).mean()
+    # Padding may hold anything, even nan, so replace it: nan times 0 would still be nan.
+    trajectory_logprobs = logprobs.masked_fill(mask == 0, 0).sum(dim=1)
+    return -(weights * trajectory_logprobs).mean()
 
 
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """KL(π_θ ‖ π_ref) estimated at each sampled token: r - 1 - log r with r = π_ref / π_θ ("k3", Schulman 2020).
+def kl_divergence(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(π_θ ‖ π_ref) = Σ_v π_θ(v) log(π_θ(v) / π_ref(v)) at each position, summed over the whole vocabulary.
 
-    (N, T) log-probabilities → (N, T) in nats, never negative, on average over tokens of π_θ the KL. As a loss it has the
-    gradient of KL(π_ref ‖ π_θ): it pulls to the same point, with another strength.
+    The expectation is over the policy that learns, not over the reference: this is called the reverse KL.
 
-    >>> kl_k3(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]))
-    tensor([[0.1065]])
+    Takes: logits and ref_logits, (..., V).
+    Returns: (...), in nats.
+
+    >>> kl_divergence(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
+    tensor(0.1109)
     """
-    log_ratio = ref_logprobs - logprobs
-    return log_ratio.exp() - 1 - log_ratio
+    log_pi = logits.log_softmax(dim=-1)
+    log_ref = ref_logits.log_softmax(dim=-1)
+    return (log_pi.exp() * (log_pi - log_ref)).sum(dim=-1)
 
 
-def kl_topk(logits: Tensor, ref_logits: Tensor, tokens: Tensor, k: int) -> Tensor:
-    """KL(π_θ ‖ π_ref) at each position: exact over the k likeliest tokens S, sampled over the rest (EMA-PG, 2602.04417).
-
-        Σ_{v∈S} π(v) log(π(v)/ref(v)) + [x ∉ S] ρ log(π(x)/ref(x)),   ρ = π(x) / stopgrad(π(x)) = 1
-
-    (..., V) logits, (...) tokens x sampled from π_θ, k from 0 to V → (...) in nats. On average over x both value and
-    gradient are exact at every k: the last logarithm's gradient is that of Σ_{v∉S} π(v).
-
-    >>> kl_topk(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([0]), k=2)
-    tensor([0.1109])
-    """
-    log_pi = logits.log_softmax(-1)
-    log_ratio = log_pi - ref_logits.log_softmax(-1)
-    likeliest = log_pi.detach().topk(k, -1).indices
-    exact = (log_pi.gather(-1, likeliest).exp() * log_ratio.gather(-1, likeliest)).sum(-1)
-    log_pi_x, log_ratio_x = (x.gather(-1, tokens[..., None]).squeeze(-1) for x in (log_pi, log_ratio))
-    sampled = (log_pi_x - log_pi_x.detach()).exp() * log_ratio_x
-    return exact + sampled.masked_fill((likeliest == tokens[..., None]).any(-1), 0)
-
-
-# ---- The policy: sample (E-step), log-probabilities of given tokens (M-step), θ* ← θ
-
-
-def read_prompts(model, prompts, cache, pad_token_id=0, **how):
-    """The model's output for P prompts, which fill the cache; their (P, width) mask and last positions (P, 1)."""
-    # Left padding ends all prompts in the last column. Positions do not count it.
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_token_id] * (width - len(p)) + [*p] for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, **how)
-    return output, mask, position[:, -1:]
+# ------------------------------------------------------------------------------------------
+# The policy: sampling from it (E-step), log-probabilities under it (M-step), and its frozen copy
+# ------------------------------------------------------------------------------------------
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """(B, V) logits, (B,) numbers in [0, 1) → (B,) tokens, by inverting each row's cumulative distribution."""
+    """Draws a token for each row: the first one at which the cumulative distribution exceeds the row's number u.
+
+    Unlike torch.multinomial, this gives the same token for the same u, whatever else is in the batch.
+
+    Takes: logits, (B, V); uniforms, (B,), numbers u in [0, 1). Temperature 0 takes the likeliest token instead.
+    Returns: (B,) tokens.
+    """
     if temperature == 0:
-        return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # ends near 1
-    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    return tokens.squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        return logits.argmax(dim=-1)
+    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    # Rounding lets the cumulative distribution end a little off 1, so scale u to where it does end.
+    total = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).squeeze(-1)
+    return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
 def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_token_id, temperature=1.0, seeds=None):
-    """E-step: trajectories from P_θ* (lines 6 to 8 of Algorithm 1).
+    """E-step, lines 7 and 8: samples G = `num_samples` responses to each prompt. RL calls this a rollout.
 
-    P prompts → P·G responses, lists of token ids, all G samples of the first prompt first; each ends with EOS (an int, or
-    one of several) unless `max_new_tokens` cut it. Sample g of a prompt with seed s draws its tokens by numbers from a
-    generator seeded by (s, g): up to rounding, its company does not matter. Temperature 0 takes the likeliest token. The
-    model is in eval mode. ValueError for an empty prompt or missing seeds.
+    A response depends on its prompt, the prompt's seed and its own number among the prompt's samples, and, up to
+    rounding, on nothing else in the batch. Temperature 0 takes the likeliest token each time, and needs no seeds.
+    Call `model.eval()` before.
+
+    Takes: prompts, P lists of token ids;
+        eos_token_id, the token that ends a response, or a list of several;
+        pad_token_id, any token (it fills up short prompts, and a mask hides it);
+        seeds, P ints.
+    Returns: P·G lists of token ids, those of the first prompt first. Each ends with an end token, unless
+        `max_new_tokens` cut it off.
+    Raises: ValueError if a prompt is empty, or if there is not one seed for each prompt.
     """
-    if not prompts or not all(prompts) or (temperature > 0 and len(seeds or ()) != len(prompts)):
-        raise ValueError("sample needs prompts with tokens and, unless greedy, seeds")
-    stops = {eos_token_id} if isinstance(eos_token_id, int) else {*eos_token_id}
-    rngs = [np.random.default_rng([seed, g]) for seed in seeds or [0] * len(prompts) for g in range(num_samples)]
-    uniforms = torch.tensor(np.stack([rng.random(max_new_tokens, np.float32) for rng in rngs]), device=model.device)
-    cache, room = DynamicCache(), max(map(len, prompts)) + max_new_tokens
-    cache.layers = [StaticLayer(room) for _ in range(model.config.num_hidden_layers)]
-    output, mask, position = read_prompts(model, prompts, cache, pad_token_id, logits_to_keep=1)
-    whole = [[x.repeat_interleave(num_samples, 0) for x in (layer.keys, layer.values)] for layer in cache.layers]
-    logits, mask, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, mask, position))
-    responses = [[] for _ in rngs]
-    rows = list(range(len(responses)))
+    if not prompts or not all(prompts):
+        raise ValueError("sample needs prompts with at least one token each")
+    if seeds is None and temperature == 0:
+        seeds = [0] * len(prompts)
+    if seeds is None or len(seeds) != len(prompts):
+        raise ValueError("sample needs one seed for each prompt")
+    end_tokens = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+
+    # 1) Draw all random numbers beforehand. Each response has a generator of its own, and a number for each token.
+    generators = [np.random.default_rng([seed, g]) for seed in seeds for g in range(num_samples)]
+    uniforms = np.stack([generator.random(max_new_tokens, dtype=np.float32) for generator in generators])
+    uniforms = torch.tensor(uniforms, device=model.device)  # (P·G, max_new_tokens)
+
+    # 2) Read the prompts in one pass. They are of unequal length, so pad them on the left: then all of them end in the
+    #    last column, and their responses begin in the next. The mask hides the padding from attention.
+    width = max(len(prompt) for prompt in prompts)
+    padding = [width - len(prompt) for prompt in prompts]
+    padded_prompts = [[pad_token_id] * pads + list(prompt) for pads, prompt in zip(padding, prompts)]
+    ids = torch.tensor(padded_prompts, device=model.device)  # (P, width)
+    mask = torch.tensor([[0] * pads + [1] * (width - pads) for pads in padding], device=model.device)  # (P, width)
+    # Positions count from a prompt's first token, not from its padding. (A pad's own position does not matter.)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache = DynamicCache()  # keeps the keys and values of every layer
+    output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+
+    # 3) Copy what was computed for each prompt. Its samples go on from here, each in a row of its own.
+    cache.batch_repeat_interleave(num_samples)
+    logits = output.logits[:, -1].repeat_interleave(num_samples, dim=0)  # (rows, V), for the next token
+    mask = mask.repeat_interleave(num_samples, dim=0)  # (rows, columns)
+    position = positions[:, -1:].repeat_interleave(num_samples, dim=0)  # (rows, 1), of the last token
+
+    # 4) Sample token by token. Rows leave the batch when their responses have ended, so remember whose row it is.
+    responses = [[] for _ in generators]
+    ended = [False] * len(responses)
+    response_of_row = list(range(len(responses)))
     for t in progress(range(max_new_tokens), "sampling"):
-        tokens = draw_tokens(logits[:, -1], uniforms[rows, t], temperature)
-        for row, token in zip(rows, tokens.tolist()):
-            if not stops.intersection(responses[row][-1:]):
-                responses[row].append(token)
-        alive = [i for i, row in enumerate(rows) if responses[row][-1] not in stops]
-        if not alive or t == max_new_tokens - 1:
+        tokens = draw_tokens(logits, uniforms[response_of_row, t], temperature)  # (rows,)
+        for i, token in zip(response_of_row, tokens.tolist()):
+            if not ended[i]:
+                responses[i].append(token)
+                ended[i] = token in end_tokens
+        if all(ended) or t == max_new_tokens - 1:
             break
-        if len(alive) < 0.8 * len(rows):  # pays for a copy
-            rows = [rows[i] for i in alive]
-            tokens, mask, position = (x[alive] for x in (tokens, mask, position))
-            whole = [[x[alive] for x in pair] for pair in whole]
-        mask, position = torch.nn.functional.pad(mask, (0, 1), value=1), position + 1
-        for layer, pair in zip(cache.layers, whole):  # attention reads what is filled
-            layer.max_cache_len = mask.shape[1]
-            layer.keys, layer.values = (x[:, :, : mask.shape[1]] for x in pair)
-        logits = model(tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache).logits
+
+        # A row whose response has ended costs as much as any other. Dropping rows means copying the cache, so wait
+        # until more than a fifth of them have ended.
+        going_on = [row for row, i in enumerate(response_of_row) if not ended[i]]
+        if len(going_on) < 0.8 * len(response_of_row):
+            response_of_row = [response_of_row[row] for row in going_on]
+            cache.batch_select_indices(going_on)
+            tokens = tokens[going_on]
+            mask = mask[going_on]
+            position = position[going_on]
+
+        # The tokens just drawn are one more column. The model reads only them: the cache has the rest.
+        mask = F.pad(mask, (0, 1), value=1)
+        position = position + 1
+        output = model(tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache)
+        logits = output.logits[:, -1]
     return responses
 
 
-def log_probs(model, prompts, responses, temperature=1.0, reference=None, topk=None):
-    """M-step: log π_θ(token | tokens before it) of every response token, with gradient.
-
-    P prompts and P·G responses, as `sample` takes and returns them → (N, T) log-probabilities, 0 on padding, and their
-    (N, T) mask; with a reference also the KL to it, (N, T) in nats: `kl_topk` if `topk` is given, else `kl_k3`. The model's
-    logits have to be its output embeddings times its last hidden state. ValueError for an empty or a missing list.
-    """
-    if not prompts or len(responses) % len(prompts) or not all([responses, *prompts, *responses]):
-        raise ValueError("log_probs needs as many responses for each prompt, all with tokens")
-    hidden, tokens, mask = response_states(model, prompts, responses)
-    hidden, weight = hidden / temperature, model.get_output_embeddings().weight
-    columns = [TokenLogProbs.apply(hidden, weight, tokens)]
-    if reference is not None:
-        with torch.no_grad():
-            ref_hidden = response_states(reference, prompts, responses)[0] / temperature
-        ref_weight = reference.get_output_embeddings().weight
-
-        def exact_kl(h, ref_h, token):
-            both = ((x @ w.to(x.dtype).T).float() for x, w in ((h, weight), (ref_h, ref_weight)))
-            return kl_topk(*both, token, min(topk, len(weight)))
-
-        if topk is None:
-            columns.append(kl_k3(columns[0], TokenLogProbs.apply(ref_hidden, ref_weight, tokens)))
-        else:
-            parts = zip(*(x.split(CHUNK // 4) for x in (hidden, ref_hidden, tokens)))
-            columns.append(torch.cat([checkpoint(exact_kl, *part, use_reentrant=False) for part in parts]))
-    rows = [torch.zeros_like(mask, dtype=column.dtype).masked_scatter(mask, column) for column in columns]
-    return rows[0], mask, *rows[1:]
-
-
-@torch.no_grad()
-def copy_weights(source, target, decay=0.0):
-    """target ← decay · target + (1 - decay) · source. For a whole target a sharded source is joined."""
-    for new, old in zip(source.parameters(), target.parameters(), strict=True):
-        new = new.to(old.dtype)
-        whole = hasattr(new, "full_tensor") and not hasattr(old, "full_tensor")
-        old.lerp_(new.full_tensor() if whole else new, 1 - decay)
-
-
-# ---- The update, and Algorithm 1
-
-
-def update(policy, optimizer, rows, weights, config, reference=None):
-    """Line 12 of Algorithm 1: one step of θ along Eq. 12, less β ∇KL(π_θ ‖ π_ref).
-
-    `rows` are the N trajectories of all processes, from `respond`; `weights` (N,) their R̃ - b. The processes share the work,
-    and each divides by N: their gradients' sum is that of one. Returns loss, grad_norm before clipping, entropy (the mean
-    of -log π_θ) and kl, in nats per token, and skipped_updates: 1 if the gradient is not finite, which leaves θ as it is.
-    """
-    G = config.num_samples
-    prompt, response = (max(len(row[name]) for row in rows) for name in ("prompt", "response"))
-    # A prompt is read once for its responses, if they fit. Of weight 0 only the KL has a gradient.
-    part = G if prompt + G * response <= config.micro_batch_tokens else 1
-    size = max(1, config.micro_batch_tokens // (prompt + part * response)) * WORLD_SIZE
-    kept = [i for i in range(0, len(rows), G) if weights[i : i + G].any() or reference is not None]
-    kept.sort(key=lambda i: max(len(row["response"]) for row in rows[i : i + G]))
-    parts = [range(start, start + part) for i in kept for start in range(i, i + G, part)]
-    sums = torch.zeros(4, dtype=torch.float64, device=policy.device)
-    for batch in progress([parts[start : start + size] for start in range(0, len(parts), size)], "updating"):
-        # A sharded model needs all processes in every pass: in the last some do what does not count.
-        mine = batch[RANK::WORLD_SIZE] or batch[:1]
-        prompts, chosen = [rows[places[0]]["prompt"] for places in mine], [i for places in mine for i in places]
-        responses = [rows[i]["response"] for i in chosen]
-        with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            logprobs, mask, *kl = log_probs(policy, prompts, responses, config.temperature, reference, config.kl_topk)
-        mask = mask & (RANK < len(batch))
-        kl = mask * (kl[0] if kl else 0 * logprobs)
-        loss = empg_loss(logprobs, mask, weights[chosen].to(logprobs)) + config.beta * kl.sum(1).mean()
-        loss = loss * len(chosen) / len(rows)
-        (loss * WORLD_SIZE if config.shard else loss).backward()  # FSDP averages
-        sums += torch.stack([loss, mask.sum(), (mask * logprobs).sum(), kl.sum()]).detach()
-    if not config.shard:
-        sum_gradients(policy.parameters())
-    elif reference is not None:
-        reference.reshard()  # as backward does with the policy
-    norm = clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-    if np.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()  # makes room for sampling
-    loss, tokens, log_p, kl = np.sum(gather([sums.tolist()]), 0)
-    stats = {"loss": loss, "grad_norm": norm, "skipped_updates": int(not np.isfinite(norm))}
-    return stats | {"entropy": -log_p / max(1, tokens), "kl": kl / max(1, tokens) if reference else np.nan}
-
-
-def train(config, policy, old_policy, reference, tokenizer, problems, held_out, output):
-    """Algorithm 1. Every iteration and evaluation adds a row to OUTPUT/metrics.jsonl.
-
-    `policy` (θ), `old_policy` (θ*, whole on every process; in the end θ) and `reference` (or None) begin as the base model.
-    `problems` and `held_out` have prompt, question and answer.
-    """
-    task, P, G = TASKS[config.task], config.prompts_per_step, config.num_samples
-    limits = config.max_new_tokens, min(config.sample_batch, P * G // WORLD_SIZE)
-    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    step, metrics = load_checkpoint(output, policy, optimizer, reference) if config.resume else (0, [])
-    passes = np.tile(np.arange(len(problems)), (1 + config.steps * P // len(problems), 1))
-    order = np.random.default_rng(config.seed).permuted(passes, axis=1).flatten()  # each pass in a new order
-    while True:
-        # Line 4: θ* ← θ
-        copy_weights(policy, old_policy)
-        if held_out and (step % config.eval_every == 0 or step >= config.steps):
-            accuracy = np.mean([row["reward"] for row in respond(old_policy, tokenizer, task, held_out, 1, *limits)])
-            record(config, output, metrics, {"step": step, "eval_accuracy": accuracy})
-        if step >= config.steps:
-            break
-        # Line 2: for each iteration
-        step, start = step + 1, time.perf_counter()
-        # Line 6: for each prompt of the batch
-        batch = [problems[i] for i in order[(step - 1) * P : step * P]]
-        seed = (config.seed << 32) + step << 32
-        # Lines 3 and 7 to 9: fill the buffer D with G responses each from P_θ*, and reward them
-        D = respond(old_policy, tokenizer, task, batch, G, *limits, config.temperature, seed)
-        sampled = time.perf_counter() - start
-        # Line 12: update θ along Eq. 12 on D, with the statistics of the whole batch
-        rewards = torch.tensor([row["reward"] for row in D], dtype=torch.float64)
-        weights = subtract_baseline(smooth_rewards(rewards).view(P, G))
-        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)  # warm-up
-        stats = update(policy, optimizer, D, weights.flatten(), config, reference)
-        if reference is not None and step % config.ema_every == 0:
-            copy_weights(policy, reference, config.ema_decay)  # a moving anchor (EMA-PG)
-        tokens, seconds = sum(len(row["response"]) for row in D), time.perf_counter() - start
-        row = {"step": step, "reward": rewards.mean().item(), "response_tokens": tokens / len(D), **stats}
-        row |= {"no_signal": np.mean((weights == 0).all(1).tolist()), "cut": np.mean([row["cut"] for row in D])}
-        row |= {"sample_seconds": sampled, "update_seconds": seconds - sampled, "step_seconds": seconds}
-        record(config, output, metrics, row | {"tokens_per_second": tokens / seconds})
-        if step % 10 == 1:
-            say(f"      sampled, reward {D[0]['reward']:g}: {batch[0]['question']!r} → {D[0]['text']!r}")
-        if step == config.steps or (config.save_every and step % config.save_every == 0):
-            save_checkpoint(output, step, metrics, policy, optimizer, reference)
-
-
-# ---- What log_probs rests on
-
-
-class PromptLayer(DynamicLayer):
-    """Keys and values of prompts. Later ones are joined, not kept: backward may compute a layer again."""
-
-    def update(self, keys, values, *args, **kwargs):
-        if self.is_initialized:
-            return torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        self.keys, self.values, self.is_initialized = keys, values, True
-        return keys, values
+def unwrap(model):
+    """The model itself, if DistributedDataParallel is around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def response_states(model, prompts, responses):
-    """(n, H) last hidden states, which predict the response tokens; (n,) these tokens; their (N, T) mask."""
-    how = {"output_hidden_states": True, "logits_to_keep": 1}
-    before, cache, copies = DynamicCache(), DynamicCache(), len(responses) // len(prompts)
-    before.layers, cache.layers = ([PromptLayer() for _ in range(model.config.num_hidden_layers)] for _ in range(2))
-    output, *read = read_prompts(model, prompts, before, **how)
-    for old, new in zip(before.layers, cache.layers):
-        new.update(*(x.repeat_interleave(copies, 0) for x in (old.keys, old.values)))
-        old.is_initialized = False  # as it was when its layer began
-    # A prompt's last token predicts the first of a response. Causal attention does not see padding on the right.
-    first, mask, position = (x.repeat_interleave(copies, 0) for x in (output.hidden_states[-1][:, -1:], *read))
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in responses], batch_first=True).to(model.device)
-    column = torch.arange(ids.shape[1], device=model.device)
-    mask = torch.cat([mask, torch.ones_like(ids)], 1)
-    output = model(ids, attention_mask=mask, position_ids=position + 1 + column, past_key_values=cache, **how)
-    mask = column < torch.tensor([[len(response)] for response in responses], device=model.device)
-    hidden = torch.cat([first, output.hidden_states[-1][:, :-1]], 1)[mask]
-    if torch.is_autocast_enabled(hidden.device.type):  # which does not see inside TokenLogProbs
+    """The hidden states that predict the response tokens, from one forward pass over prompts and responses.
+
+    Takes: P prompts and P·G = N responses, lists of token ids, with n response tokens in all.
+    Returns: hidden, (n, H), the last hidden states that predict these tokens, one response after the other;
+        tokens, (n,), the tokens that they predict;
+        mask, (N, T), true where a response, padded to the longest of them, has a token.
+    """
+    samples = len(responses) // len(prompts)
+    prompts = [prompt for prompt in prompts for _ in range(samples)]  # one for each response
+
+    # Put each response behind its prompt, and pad on the right. Causal attention never looks to the right, so the
+    # padding changes nothing, and the model needs neither a mask nor positions. Without a mask, attention can use the
+    # fastest kernel of a GPU. The model's logits are not used, so let it compute as few as possible.
+    device = unwrap(model).device
+    rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
+    ids = pad_sequence(rows, batch_first=True).to(device)  # (N, columns)
+    output = model(ids, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+
+    # The state in one column predicts the token in the next one: shift them by one.
+    hidden = output.hidden_states[-1][:, :-1]  # (N, columns - 1, H)
+    next_tokens = ids[:, 1:]  # (N, columns - 1)
+
+    # The last token of the prompt predicts the first token of the response.
+    first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
+    length = torch.tensor([len(response) for response in responses], device=device)[:, None]
+    column = torch.arange(next_tokens.shape[1], device=device)
+    predicts_response = (column >= first) & (column < first + length)  # (N, columns - 1)
+
+    mask = torch.arange(max(map(len, responses)), device=device) < length  # (N, T)
+    return hidden[predicts_response], next_tokens[predicts_response], mask
+
+
+# The number of rows of logits that are computed at a time. A row has an entry for each token of the vocabulary, of
+# which Qwen2.5 has 150,000.
+LOGIT_ROWS = 2048 if torch.cuda.is_available() else 256
+
+
+def token_logprobs(hidden: Tensor, output_weight: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(W h)[token]: the log-probability of each token, given the hidden state h before it.
+
+    This is minus a cross entropy of the logits W h, which for a whole batch would be the largest tensor of all.
+    torch's function computes them for some rows at a time, and again in the backward pass. (It is new in torch 2.13.
+    Before, use F.cross_entropy for some rows at a time, under torch.utils.checkpoint.)
+
+    Takes: hidden, (n, H); output_weight, the output embeddings W, (V, H); tokens, (n,).
+    Returns: (n,) float32, in nats.
+    """
+    # Autocast does not look into this function. So do as it would: compute in bfloat16 in a bfloat16 run.
+    if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return hidden, ids[mask], mask
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOGIT_ROWS, chunking_method=None)
+    logprobs = -F.linear_cross_entropy(hidden, output_weight, tokens, reduction="none", options=options)
+    # Inside, the logits are float32. But in a bfloat16 run the result is rounded to bfloat16: a log-probability of -10
+    # to the next 0.06. The gradient does not see that rounding, and in a mean, as the entropy is, it averages out. A
+    # ratio of two probabilities, which EMPG has no use for, would be a few percent off.
+    return logprobs.float()
 
 
-class TokenLogProbs(torch.autograd.Function):
-    """log softmax(W h)[token] of hidden states h (n, H), output embeddings W (V, H), tokens (n,) → (n,), in nats.
+def token_kls(hidden: Tensor, output_weight: Tensor, ref_hidden: Tensor, ref_output_weight: Tensor) -> Tensor:
+    """`kl_divergence` of policy and reference at each of n positions, from their hidden states.
 
-    Both passes hold the logits, the largest tensor, of CHUNK tokens, in one buffer. The backward pass computes them
-    again, for ∂ log π(token) / ∂ logits = onehot(token) - π.
+    Takes: hidden and ref_hidden, (n, H); output_weight and ref_output_weight, (V, H).
+    Returns: (n,) float32, in nats.
     """
 
-    @staticmethod
-    def forward(ctx, hidden, weight, tokens):
-        w, dtype = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
-        buffer, values, log_sums = hidden.new_empty(min(CHUNK, len(hidden)), len(w)), [], []
-        for h, token in zip(hidden.split(CHUNK), tokens.split(CHUNK)):
-            logits = torch.mm(h, w.T, out=buffer[: len(h)]).to(dtype)
-            chosen, largest = logits.gather(-1, token[:, None]), logits.amax(-1, keepdim=True)
-            log_sums.append(largest + logits.sub_(largest).exp_().sum(-1, keepdim=True).log())
-            values.append(chosen - log_sums[-1])
-        ctx.save_for_backward(hidden, weight, tokens, torch.cat(log_sums))
-        return torch.cat(values).squeeze(-1)
+    def chunk_kls(states, ref_states):
+        logits = states.float() @ output_weight.float().T
+        ref_logits = ref_states.float() @ ref_output_weight.float().T
+        return kl_divergence(logits, ref_logits)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        hidden, weight, tokens, log_sums = ctx.saved_tensors
-        w, d_hidden, d_weight = weight.to(hidden.dtype), torch.empty_like(hidden), torch.zeros_like(weight)
-        buffer = hidden.new_empty(min(CHUNK, len(hidden)), len(w))
-        parts = (x.split(CHUNK) for x in (hidden, tokens, log_sums, gradient[:, None], d_hidden))
-        for h, token, log_sum, g, d_h in zip(*parts):
-            pi = torch.mm(h, w.T, out=buffer[: len(h)]).to(log_sum.dtype).sub_(log_sum).exp_()
-            pi.scatter_add_(1, token[:, None], torch.full_like(log_sum, -1))
-            d_logits = pi.mul_(-g).to(h.dtype)
-            torch.mm(d_logits, w, out=d_h)
-            if d_weight.dtype == h.dtype:
-                d_weight.addmm_(d_logits.T, h)  # the product alone is as large as W
-            else:
-                d_weight += d_logits.T @ h
-        return d_hidden, d_weight, None
+    # `checkpoint` forgets the logits of a chunk when its KL is known, and computes them again in the backward pass. A
+    # chunk holds several tensors of the size of its logits, for two models, so take fewer rows. The KL is a small
+    # difference of large numbers, so compute it in float32 even in a bfloat16 run.
+    chunks = zip(hidden.split(LOGIT_ROWS // 4), ref_hidden.split(LOGIT_ROWS // 4))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.cat([checkpoint(chunk_kls, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-# ---- Tasks: problems, prompts and rewards
+def log_probs(model, prompts, responses, temperature=1.0, reference=None):
+    """M-step: log π_θ(token | tokens before it) of every response token, with gradient.
+
+    The model's logits have to be its output embeddings times its last hidden state; `check_model` makes sure.
+
+    Takes: prompts and responses, P and P·G = N lists of token ids, as `sample` takes and returns them;
+        temperature, that of the policy (and of the reference);
+        reference, another model, or None.
+    Returns: logprobs, (N, T) float32, in nats, 0 on padding;
+        mask, (N, T), true on response tokens;
+        and, only if there is a reference: kl, (N, T), the KL divergence to it at each token.
+    Raises: ValueError if a list is empty, or if the responses cannot be divided evenly among the prompts.
+    """
+    if not prompts or not responses or len(responses) % len(prompts) or not all([*prompts, *responses]):
+        raise ValueError("log_probs needs the same number of responses to each prompt, and at least one token in each")
+    hidden, tokens, mask = response_states(model, prompts, responses)
+
+    def place(values):
+        """(n,) values of the response tokens → (N, T), with 0 on padding."""
+        return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
+
+    # Dividing the hidden states by the temperature divides the logits by it. (FSDP leaves the output embeddings whole
+    # after a forward pass, since they belong to the outermost module.)
+    hidden = hidden / temperature
+    output_weight = unwrap(model).get_output_embeddings().weight
+    logprobs = place(token_logprobs(hidden, output_weight, tokens))
+    if reference is None:
+        return logprobs, mask
+
+    with torch.no_grad():
+        ref_hidden, _, _ = response_states(reference, prompts, responses)
+    ref_hidden = ref_hidden / temperature
+    ref_output_weight = unwrap(reference).get_output_embeddings().weight
+    return logprobs, mask, place(token_kls(hidden, output_weight, ref_hidden, ref_output_weight))
+
+
+@torch.no_grad()
+def copy_weights(source, target) -> None:
+    """Line 4, θ* ← θ: copies the parameters of one model to another of the same shape."""
+    for new, old in zip(source.parameters(), target.parameters(), strict=True):
+        new = new.to(old.dtype)
+        if isinstance(new, DTensor):
+            # With --shard each process holds a share of the parameter. This joins all shares.
+            new = new.full_tensor()
+        old.copy_(new)
+
+
+# ------------------------------------------------------------------------------------------
+# The method: one update of the policy, and Algorithm 1
+# ------------------------------------------------------------------------------------------
+
+
+def micro_batches(trajectories: list[dict], max_tokens: int) -> list[list[dict]]:
+    """Splits trajectories into micro-batches, for one forward and backward pass each, so that memory is bounded.
+
+    A micro-batch has at most `max_tokens` tokens, including the padding to its longest trajectory, unless a single
+    trajectory is longer than that. Trajectories of similar length go together, which keeps the padding small. The
+    longest come first: if they fit into memory, so do the others.
+
+    >>> trajectories = [{"prompt": [0], "response": [0] * length} for length in (4, 2, 8, 3)]
+    >>> [[len(row["response"]) for row in batch] for batch in micro_batches(trajectories, max_tokens=10)]
+    [[8], [4, 3], [2]]
+    """
+
+    def length(trajectory):
+        return len(trajectory["prompt"]) + len(trajectory["response"])
+
+    batches: list[list[dict]] = []
+    for trajectory in sorted(trajectories, key=length, reverse=True):
+        # The first trajectory of a micro-batch is its longest, so it says how long all rows are.
+        if batches and length(batches[-1][0]) * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(trajectory)
+        else:
+            batches.append([trajectory])
+    return batches
+
+
+def micro_batch_loss(policy, batch, config, reference=None):
+    """The loss of some trajectories: `empg_loss`, plus β times the KL to the reference, summed over each response.
+
+    Returns: the loss, and a dict of sums over the response tokens, for the records: tokens, logprobs and kl.
+    """
+    prompts = [trajectory["prompt"] for trajectory in batch]
+    responses = [trajectory["response"] for trajectory in batch]
+    if reference is None:
+        logprobs, mask = log_probs(policy, prompts, responses, config.temperature)
+        kl = torch.zeros_like(logprobs)
+    else:
+        logprobs, mask, kl = log_probs(policy, prompts, responses, config.temperature, reference)
+    weights = torch.tensor([trajectory["weight"] for trajectory in batch], device=logprobs.device)
+    loss = empg_loss(logprobs, mask, weights) + config.beta * kl.sum(dim=1).mean()
+    return loss, {"tokens": mask.sum().item(), "logprobs": logprobs.sum().item(), "kl": kl.sum().item()}
+
+
+def update(policy, optimizer, trajectories, config, reference=None) -> dict:
+    """M-step, line 12: one step of θ along the policy gradient of Eq. 12, minus β times the gradient of the KL.
+
+    Takes: trajectories, those of all processes as `sample_trajectories` returns them, each with its "weight" R̃ - b.
+        The processes share the work.
+    Returns: a dict with loss;
+        grad_norm, the gradient's norm before it is limited;
+        skipped_updates, 1 if the gradient was not finite, so that θ was left as it is, else 0;
+        entropy, the mean of -log π_θ over the tokens that were computed, in nats;
+        kl, the mean of the KL over these tokens, in nats.
+    """
+    # 1) A trajectory of weight 0 has no gradient, unless the KL gives it one. Leave it out.
+    kept = [trajectory for trajectory in trajectories if trajectory["weight"] != 0 or reference is not None]
+
+    # 2) Split the others into micro-batches. In each round, every process takes one, and the gradients add up.
+    batches = micro_batches(kept, config.micro_batch_tokens)
+    rounds = math.ceil(len(batches) / WORLD_SIZE)
+    totals = {"loss": 0.0, "tokens": 0, "logprobs": 0.0, "kl": 0.0}
+    for turn in progress(range(rounds), "updating"):
+        number = turn * WORLD_SIZE + RANK
+        has_work = number < len(batches)
+        # DDP and FSDP wait for all processes. So in the last round, a process that has no micro-batch left computes
+        # the first one once more, with a share of 0.
+        batch = batches[number] if has_work else batches[0]
+        # The loss of a micro-batch is a mean over it. With its share of all trajectories, the micro-batches add up to
+        # the mean over all trajectories. (Those left out in step 1 would add 0.)
+        share = len(batch) / len(trajectories) if has_work else 0.0
+
+        # In DDP training we only need to sync gradients at the last micro-batch. Until then they add up in each
+        # process. (Without DDP this attribute does nothing. FSDP syncs every time: whole gradients would not fit.)
+        policy.require_backward_grad_sync = turn == rounds - 1
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss, sums = micro_batch_loss(policy, batch, config, reference)
+        # DDP and FSDP average the gradients of the processes, but it is their sum that we need: hence WORLD_SIZE.
+        (WORLD_SIZE * share * loss).backward()
+
+        totals["loss"] += share * loss.item()
+        if has_work:
+            for name, value in sums.items():
+                totals[name] += value
+    if config.shard and reference is not None:
+        # FSDP splits the outermost module again in the backward pass. The reference has none, so split it here.
+        reference.reshard()
+
+    # 3) Step along the gradient, unless it is not finite: that would destroy the model.
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    is_finite = bool(norm.isfinite())
+    if is_finite:
+        optimizer.step()
+    # This frees the gradients' memory for sampling. (DDP keeps its buffers, in which the gradients are.)
+    optimizer.zero_grad()
+
+    # 4) Add up what the processes have counted. (`gather` returns the list of all processes' values.)
+    counted = gather([totals])
+    totals = {name: sum(each[name] for each in counted) for name in totals}
+    tokens = max(1, totals["tokens"])
+    return {
+        "loss": totals["loss"],
+        "grad_norm": norm.item(),
+        "skipped_updates": int(not is_finite),
+        "entropy": -totals["logprobs"] / tokens,
+        "kl": totals["kl"] / tokens if reference is not None else math.nan,
+    }
+
+
+def train(config, policy, old_policy, reference, tokenizer, problems, held_out, output) -> None:
+    """Algorithm 1. Each iteration and each evaluation adds a row to OUTPUT/metrics.jsonl.
+
+    Why is there a second model? θ does not change while it is sampled from, so it could be sampled from itself. But θ*
+    is faster to sample from. It is whole in every process, where θ may be split over the GPUs. On a GPU it is in
+    bfloat16, where θ has to be float32, since bfloat16 would round updates of 1e-6 away. And with several updates on a
+    batch (--updates), it is the policy that the batch came from.
+
+    Takes: policy, θ, which learns (inside DDP or FSDP if there are several processes);
+        old_policy, θ*, its frozen copy, which in the end is θ;
+        reference, the frozen base model for the KL, or None;
+        problems and held_out, dicts with question, answer and prompt (token ids), to train on and to evaluate on;
+        output, the directory of the run.
+    """
+    task = TASKS[config.task]
+    P = config.prompts_per_step
+    G = config.num_samples
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    # Line 1: θ is the base model, or what a checkpoint has made of it.
+    last_step, metrics = 0, []
+    if config.resume:
+        last_step, metrics = load_checkpoint(output, policy, optimizer, reference)
+
+    # An evaluation samples no more responses at a time than training does, so that it needs no more memory.
+    sample_batch = min(config.sample_batch, P * G // WORLD_SIZE)
+
+    def evaluate(step):
+        """Records the share of held-out problems that θ answers rightly, taking the likeliest token each time."""
+        copy_weights(policy, old_policy)
+        answers = sample_trajectories(
+            old_policy,
+            tokenizer,
+            task,
+            held_out,
+            num_samples=1,
+            max_new_tokens=config.max_new_tokens,
+            sample_batch=sample_batch,
+            temperature=0,
+        )
+        accuracy = np.mean([answer["reward"] for answer in answers])
+        record(config, output, metrics, {"step": step, "eval_accuracy": accuracy})
+
+    # The order of the problems: one random permutation after the other. Iteration t takes the t-th block of P.
+    num_permutations = math.ceil(config.steps * P / len(problems))
+    generator = np.random.default_rng(config.seed)
+    order = np.concatenate([generator.permutation(len(problems)) for _ in range(num_permutations)])
+
+    if last_step == 0 and config.eval_every:
+        evaluate(step=0)
+
+    # Line 2: for each iteration
+    for step in range(last_step + 1, config.steps + 1):
+        start = time.perf_counter()
+
+        # Line 4: freeze the old policy, θ* ← θ.
+        copy_weights(policy, old_policy)
+
+        # Lines 3 and 5 to 10, the E-step: for each prompt of the batch, sample G trajectories from P_θ*, and reward
+        # them. They are the buffer D, which is new in each iteration.
+        batch = [problems[i] for i in order[(step - 1) * P : step * P]]
+        trajectories = sample_trajectories(
+            old_policy,
+            tokenizer,
+            task,
+            batch,
+            num_samples=G,
+            max_new_tokens=config.max_new_tokens,
+            sample_batch=sample_batch,
+            temperature=config.temperature,
+            # `sample_trajectories` adds the prompt's number. So no two prompts, iterations or runs share a seed.
+            seed=config.seed * 10**12 + step * 10**6,
+        )
+        sample_seconds = time.perf_counter() - start
+
+        # Smooth the rewards and subtract the baseline. Every process has the trajectories of all, so that these are
+        # the statistics of the whole batch.
+        rewards = torch.tensor([trajectory["reward"] for trajectory in trajectories])  # (P·G,)
+        weights = subtract_baseline(smooth_rewards(rewards).view(P, G))  # (P, G)
+        for trajectory, weight in zip(trajectories, weights.flatten().tolist()):
+            trajectory["weight"] = weight
+
+        # Lines 11 and 12, the M-step. At the first update θ = θ*, so the samples come from the policy itself. They are
+        # *on-policy*, and the gradient is the policy gradient (Eq. 4), with nothing to correct. At a second update
+        # (--updates) θ has moved away from θ*, and the samples are *off-policy*. PPO and GRPO would now multiply each
+        # term by π_θ/π_θ*, and clip it. Eq. 12 does not, and so is right only as long as θ stays near θ*.
+        # The learning rate rises during the first iterations, in which Adam's averages form.
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)
+        all_statistics = [update(policy, optimizer, trajectories, config, reference) for _ in range(config.updates)]
+
+        # Line 13: that was the iteration. What follows records how it went, and saves it.
+        seconds = time.perf_counter() - start
+        tokens = sum(len(trajectory["response"]) for trajectory in trajectories)
+        row = {
+            "step": step,
+            "reward": rewards.mean().item(),
+            "response_tokens": tokens / len(trajectories),
+            # Of several updates, the last one's statistics
+            **all_statistics[-1],
+            "skipped_updates": sum(statistics["skipped_updates"] for statistics in all_statistics),
+            # The share of prompts whose responses all got the same reward: nothing is learned from them
+            "no_signal": (weights == 0).all(dim=1).double().mean().item(),
+            # The share of responses that the token limit cut off
+            "cut": np.mean([trajectory["cut"] for trajectory in trajectories]),
+            "sample_seconds": sample_seconds,
+            "update_seconds": seconds - sample_seconds,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        record(config, output, metrics, row)
+        if step % 10 == 1:
+            say(f"      sampled, reward {rewards[0]:g}: {batch[0]['question']!r} → {trajectories[0]['text']!r}")
+        is_last = step == config.steps
+        if config.eval_every and (is_last or step % config.eval_every == 0):
+            evaluate(step)
+        if is_last or (config.save_every and step % config.save_every == 0):
+            save_checkpoint(output, step, metrics, policy, optimizer, reference)
+
+    # `main` saves the trained model from here, where it is whole.
+    copy_weights(policy, old_policy)
+
+
+# The method ends here. What follows lets it work on real problems, on many devices, and from the command line.
+
+# ------------------------------------------------------------------------------------------
+# Tasks: problems, prompts and rewards
+# ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to learn. Problems are rows with `question` and `answer`, both text."""
+    """Something to learn. Put your own into TASKS."""
 
-    reward: Callable  # (response, answer) → 1.0 if right, else 0.0; never raises
-    problems: Callable  # (--data or None, "train" or "test") → problems
+    # A function of a response and the problem's answer, both text, that returns the reward: 1.0 if the response is
+    # right, else 0.0. It must not raise, whatever the response is.
+    reward: Callable
+    # A function of --data (or None) and the split, "train" or "test", that returns the problems: a list of dicts with
+    # "question" and "answer", both text.
+    problems: Callable
+    # What the model is asked. {question} stands for the question.
     prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...}, braces matched, or None."""
-    _, box, tail = text.rpartition("\\boxed{")
+    r"""The contents of the last \boxed{...} in a text, or None. Braces within it are matched.
+
+    >>> last_boxed(r"So it is $\boxed{\frac{1}{2}}$.")
+    '\\frac{1}{2}'
+    """
+    _, box, rest = text.rpartition("\\boxed{")
+    if not box:
+        return None
     depth = 1
-    for i, character in enumerate(tail if box else ""):
+    for i, character in enumerate(rest):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return tail[:i]
+            return rest[:i]
+    # The box is never closed.
     return None
 
 
+NUMBER = re.compile(
+    r"""
+    (?: (?<! [\w)] ) - )?        # perhaps a minus sign, as in -3; but the one in 10-3 is not a sign
+    (?:
+        \d+                      # 18
+        (?: , \d{3} (?!\d) )*    # perhaps with thousands, as in 1,200
+        (?: \. \d+ )?            # perhaps with decimals, as in 2.50
+    |
+        \. \d+                   # .5
+    )
+    """,
+    re.VERBOSE,
+)
+
+
 def final_answer(text: str) -> str | None:
-    """The last \\boxed{}, else the first number after the last "####" or "answer is", else the last number; or None."""
-    *before, last = re.split(r"(?i)####|answer is", text)
-    last = " ".join(part.rpartition("=")[2] for part in re.split(r"\.\s|\n", last))  # 5 of 2 + 3 = 5
-    numbers = re.findall(r"(?:(?<![\w)])-)?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)", last.replace("$", ""))
-    return last_boxed(text) or "".join(numbers[:1] if before else numbers[-1:]).replace(",", "") or None
+    r"""The final answer of a response, or None.
+
+    It is the contents of the last \boxed{}, else the number after the last "####" or "answer is", else the last number.
+
+    >>> final_answer(r"So it is \boxed{18}, not 17.")
+    '18'
+    >>> final_answer("The answer is 18. Let me check: 9 + 9 = 18 and 2 + 2 = 4.")
+    '18'
+    >>> final_answer("Of 5 boxes with 241 each there are 5 * 241 = 1,205")
+    '1205'
+    """
+    boxed = last_boxed(text)
+    if boxed:
+        return boxed
+    parts = re.split("####|answer is", text, flags=re.IGNORECASE)
+    is_announced = len(parts) > 1
+
+    # In "The answer is 20 - 2 = 18" the right-hand side counts. So in each sentence or line, keep what follows its last
+    # "=".
+    sentences = re.split(r"\.\s|\n", parts[-1])
+    ending = " ".join(sentence.rpartition("=")[2] for sentence in sentences)
+    numbers = NUMBER.findall(ending.replace("$", ""))
+    if not numbers:
+        return None
+    number = numbers[0] if is_announced else numbers[-1]
+    return number.replace(",", "")
 
 
 @lru_cache(maxsize=4096)
-def same(given: str | None, answer: str) -> float:
-    """1.0 if a formula equals the answer, its \\boxed{} or what follows its "####". A list of candidates equals none."""
+def is_right(given: str | None, answer: str) -> float:
+    r"""1.0 if a formula equals the answer, else 0.0.
+
+    The answer is a formula, or a solution as in datasets, with the formula in its last \boxed{} or behind a "####".
+
+    A list of candidates, such as "3 or 4", equals none of them. Otherwise a model would learn to list guesses.
+
+    >>> [is_right(given, "#### 18") for given in ("18.00", r"\$18", r"\frac{36}{2}", "17, 18", None)]
+    [1.0, 1.0, 1.0, 0.0, 0.0]
+    """
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # math_verify takes text for a unit: "5 \text{ or 6}" would be 5.
-    hidden = r"\\(?:text|mbox)\s*\{([^{}]*(?:\d|\b(?:or|and|if)\b)[^{}]*)\}"
-    both = given or "", last_boxed(answer) or answer.rpartition("####")[2]
-    given, gold = (re.sub(hidden, r" \1 ", text).strip(" .$") for text in both)
-    limit = 2 * (threading.current_thread() is threading.main_thread())  # seconds, by a signal; 0 is none
-    how = {"extraction_config": [LatexExtractionConfig()], "extraction_mode": "first_match", "parsing_timeout": limit}
+    def clean(formula):
+        # math_verify takes \text{...} for a unit, and so would read "5 \text{ or 6}" as 5. If the text holds a digit,
+        # or "or", "and" or "if", take it out of \text{}, so that math_verify reads it as a part of the formula.
+        formula = re.sub(r"\\(?:text|mbox)\s*\{([^{}]*(?:\d|\b(?:or|and|if)\b)[^{}]*)\}", r" \1 ", formula)
+        # Remove dollar signs around the formula, and a full stop behind it. (The dot in .5 stays.)
+        return formula.lstrip(" $").rstrip(" .$")
+
+    gold = clean(last_boxed(answer) or answer.rpartition("####")[2])
+    given = clean(given or "")
+    if not given:
+        return 0.0
     if given == gold:
-        return float(given != "")
+        return 1.0
+
+    # A formula such as 9^{9^{9}} would take for ever. math_verify's time limit uses a signal, which works in the main
+    # thread only. In a program that grades in other threads, 0 switches the limit off.
+    seconds = 2 if threading.current_thread() is threading.main_thread() else 0
+    options = {
+        "extraction_config": [LatexExtractionConfig()],
+        "extraction_mode": "first_match",
+        "parsing_timeout": seconds,
+    }
     try:
-        trees = [parse(f"\\boxed{{{text}}}", **how) for text in (gold, given)]
-        return float(verify(*trees, allow_set_relation_comp=True, timeout_seconds=limit))
+        gold_formula = parse(f"\\boxed{{{gold}}}", **options)
+        given_formula = parse(f"\\boxed{{{given}}}", **options)
+        return float(verify(gold_formula, given_formula, allow_set_relation_comp=True, timeout_seconds=seconds))
     except Exception:  # noqa: BLE001 - what cannot be read is not right
         return 0.0
 
 
-def sums_problems(data, split):
-    """The 10,000 sums of four digits; the test split is always the same 500."""
+def sums_problems(data: str | None, split: str) -> list[dict]:
+    """The problems of the task sums: all 10,000 sums of four digits, such as 3+8+5+2=. The test split is always the
+    same 500 of them."""
     if data is not None:
-        raise ValueError("--data: the task sums has its own")
+        raise ValueError("--data: the task sums has its own problems")
     order = np.random.default_rng(0).permutation(10_000)
-    digits = [f"{n:04d}" for n in (order[:500] if split == "test" else order[500:])]
-    return [{"question": "+".join(d) + "=", "answer": str(sum(map(int, d)))} for d in digits]
+    chosen = order[:500] if split == "test" else order[500:]
+    all_digits = [f"{number:04d}" for number in chosen]
+    return [{"question": "+".join(digits) + "=", "answer": str(sum(map(int, digits)))} for digits in all_digits]
 
 
-def hub_problems(path, name, question, answer, data, split):
-    """The rows of a dataset, two columns renamed; ValueError without them."""
+def dataset_problems(path, configuration, question_column, answer_column, data, split) -> list[dict]:
+    """The rows of a dataset on the hub, or of --data, with two columns renamed to "question" and "answer".
+
+    Raises: ValueError if there are no rows, or no such columns.
+    """
     import datasets
 
     try:
-        rows = datasets.load_dataset(data or path, None if data else name, split=split)
-        rows[0]  # there is one
-        return [{**row, "question": row[question], "answer": row[answer]} for row in rows]
+        if data is None:
+            rows = datasets.load_dataset(path, configuration, split=split)
+        else:
+            rows = datasets.load_dataset(data, split=split)
+        problems = [{**row, "question": row[question_column], "answer": str(row[answer_column])} for row in rows]
     except Exception as error:
-        need = f"needs, on the hub or in {split}.jsonl, rows with {question!r} and {answer!r}"
+        need = f"needs, on the hub or in {split}.jsonl, rows with {question_column!r} and {answer_column!r}"
         raise ValueError(f"--data {data or path}: {need} ({error!r})") from error
+    if not problems:
+        raise ValueError(f"--data {data or path}: has no rows in {split}.jsonl, with {question_column!r}")
+    return problems
 
 
-GSM8K = partial(hub_problems, "openai/gsm8k", "main", "question", "answer")
-MATH_HARD = partial(hub_problems, "lighteval/MATH-Hard", None, "problem", "solution")
 TASKS = {
-    "sums": Task(lambda text, answer: float(final_answer(text) == answer), sums_problems, "{question}"),
-    "gsm8k": Task(lambda text, answer: same(final_answer(text), answer), GSM8K),
-    "math-hard": Task(lambda text, answer: same(last_boxed(text), answer), MATH_HARD),
+    "sums": Task(
+        reward=lambda response, answer: float(final_answer(response) == answer),
+        problems=sums_problems,
+        prompt="{question}",
+    ),
+    "gsm8k": Task(
+        reward=lambda response, answer: is_right(final_answer(response), answer),
+        problems=partial(dataset_problems, "openai/gsm8k", "main", "question", "answer"),
+    ),
+    "math-hard": Task(
+        reward=lambda response, answer: is_right(last_boxed(response), answer),
+        problems=partial(dataset_problems, "lighteval/MATH-Hard", None, "problem", "solution"),
+    ),
 }
 
 
-def add_prompts(problems, task, tokenizer, model, max_new_tokens=None):
-    """Gives problems their `prompt`, token ids; returns the limit of responses, by default up to 1024. ValueError: too long."""
+def add_prompts(problems, task, tokenizer) -> None:
+    """Gives each problem its "prompt", token ids, as the task and the model's chat template want it."""
+    is_chat_model = tokenizer.chat_template is not None
     for problem in problems:
         text = task.prompt.replace("{question}", problem["question"])
-        if tokenizer.chat_template is not None:
+        if is_chat_model:
             turns = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        problem["prompt"] = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
-    room = model.config.max_position_embeddings - max(len(problem["prompt"]) for problem in problems)
-    if room < (max_new_tokens or 1):
-        raise ValueError(f"--max-new-tokens {max_new_tokens}: at most {room} fit behind the prompts")
-    return max_new_tokens or min(1024, room)
+        # A chat template has already written the special tokens.
+        problem["prompt"] = tokenizer(text, add_special_tokens=not is_chat_model)["input_ids"]
 
 
-def stop_tokens(tokenizer, model):
-    """Ids that end a response: EOS, the generation config's, and what ends a turn of the chat template."""
-    stops = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id or []).tolist()}
+def room_for_responses(problems, model) -> int:
+    """How many tokens the model can read after the longest prompt."""
+    return model.config.max_position_embeddings - max(len(problem["prompt"]) for problem in problems)
+
+
+def stop_tokens(tokenizer, model) -> list[int]:
+    """The token ids that end a response: EOS, those of the generation config, and what ends a turn of a chat."""
+    stops = {tokenizer.eos_token_id}
+    configured = model.generation_config.eos_token_id
+    if isinstance(configured, int):
+        stops.add(configured)
+    elif configured is not None:
+        stops.update(configured)
     if tokenizer.chat_template is not None:
+        # Write a short chat and see which special token comes last.
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ids = tokenizer.apply_chat_template(turns, return_dict=False)
-        stops.update([i for i in ids if i in tokenizer.added_tokens_decoder][-1:])
+        special_tokens = [token for token in ids if token in tokenizer.added_tokens_decoder]
+        stops.update(special_tokens[-1:])
     return sorted(stops)
 
 
-def respond(model, tokenizer, task, problems, num_samples, max_new_tokens, sample_batch, temperature=0.0, seed=0):
-    """Lines 6 to 9 of Algorithm 1: sample responses to P problems, which the processes share, and reward them.
+def sample_trajectories(
+    model, tokenizer, task, problems, num_samples, max_new_tokens, sample_batch, temperature=0.0, seed=0
+):
+    """E-step, lines 6 to 9: samples responses to P problems and rewards them. The processes share the problems.
 
-    Each process samples `sample_batch` at a time, for problem i with the seed `seed` + i. Returns, on every process, all P·G
-    rows in order: prompt, response (token ids), text, reward, and cut, whether the limit ended it.
+    Takes: sample_batch, the number of responses that a process samples at a time; seed: problem i has `seed` + i.
+    Returns: in every process, all P·G trajectories, those of the first problem first. Each is a dict with
+        prompt and response, token ids;
+        text, the response as text;
+        reward;
+        cut, whether the token limit cut the response off.
     """
-    stops, rows, count = stop_tokens(tokenizer, model), [], max(1, sample_batch // num_samples)
-    mine = range(RANK * len(problems) // WORLD_SIZE, (RANK + 1) * len(problems) // WORLD_SIZE)
-    for some in (mine[start : start + count] for start in range(0, len(mine), count)):
-        how = {"seeds": [seed + i for i in some], "eos_token_id": stops, "pad_token_id": stops[0]}
-        prompts = [problems[i]["prompt"] for i in some]
-        responses = sample(model, prompts, num_samples, max_new_tokens, temperature=temperature, **how)
+    stops = stop_tokens(tokenizer, model)
+    my_first = RANK * len(problems) // WORLD_SIZE
+    my_end = (RANK + 1) * len(problems) // WORLD_SIZE
+    problems_at_a_time = max(1, sample_batch // num_samples)
+    trajectories = []
+    for start in range(my_first, my_end, problems_at_a_time):
+        numbers = range(start, min(start + problems_at_a_time, my_end))
+        responses = sample(
+            model,
+            [problems[i]["prompt"] for i in numbers],
+            num_samples,
+            max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            temperature=temperature,
+            seeds=[seed + i for i in numbers],
+        )
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        for i, response, text in zip(np.repeat(some, num_samples), responses, texts):
-            row = {"prompt": problems[i]["prompt"], "response": response, "text": text}
-            rows.append(row | {"reward": task.reward(text, problems[i]["answer"]), "cut": response[-1] not in stops})
-    return gather(rows)
+        for place, (response, text) in enumerate(zip(responses, texts)):
+            problem = problems[numbers[place // num_samples]]
+            trajectory = {
+                "prompt": problem["prompt"],
+                "response": response,
+                "text": text,
+                "reward": task.reward(text, problem["answer"]),
+                "cut": response[-1] not in stops,
+            }
+            trajectories.append(trajectory)
+    return gather(trajectories)
 
 
-# ---- Devices, records and checkpoints
+# ------------------------------------------------------------------------------------------
+# Processes: data parallel with DDP, or sharded with FSDP
+# ------------------------------------------------------------------------------------------
 
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(*v)) for v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
-
-def start_processes(device):
-    """Joins torchrun's processes."""
+def start_processes(device) -> None:
+    """Makes a process group of the processes that torchrun has started. (FSDP and checkpoints need one even of one.)"""
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    if not dist.is_initialized():
-        store = dist.HashStore() if WORLD_SIZE == 1 else next(dist.rendezvous("env://", RANK, WORLD_SIZE))[0]
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # a restart meets anew
-        dist.init_process_group(store=store, rank=RANK, world_size=WORLD_SIZE)
-
-
-def gather(values):
-    """The values of all processes, by rank."""
-    parts = [values] * WORLD_SIZE
+        # On newer GPUs, attention with a mask, as in `sample`, would take cuDNN's kernel. That one takes half a second
+        # to prepare for each new length, and the sampler has a new length at every token. (It has also given gradients
+        # that are nan.)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if dist.is_initialized():
+        return
+    store: dist.Store = dist.HashStore()
     if WORLD_SIZE > 1:
-        dist.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
+        store, _, _ = next(dist.rendezvous("env://", RANK, WORLD_SIZE))
+    # The processes find each other in this store. When torchrun restarts them after a crash, it still has what the dead
+    # ones wrote. The number of the restart, put before each key, keeps the new ones from reading that.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    # Gradients travel between GPUs by NCCL, everything else by gloo. The processes wait for each other for up to an
+    # hour, in case one of them is slow to download the model.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timedelta(hours=1))
 
 
-def sum_gradients(parameters):
-    """Sums the gradients over the processes, in one message."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients and WORLD_SIZE > 1:
-        together = parameters_to_vector(gradients)
-        dist.all_reduce(together)
-        vector_to_parameters(together, gradients)
+def gather(values: list) -> list:
+    """Joins the lists of all processes, in the order of their ranks. Every process gets the whole."""
+    if WORLD_SIZE == 1:
+        return values
+    lists: list = [None] * WORLD_SIZE
+    dist.all_gather_object(lists, values)
+    return [value for each in lists for value in each]
 
 
-def spread(model, config):
-    """The model on this process's device, whole or a share, in float32: bfloat16 would lose small updates."""
-    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    for layer in layers if config.gradient_checkpointing else ():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    for module in (*layers, model) if config.shard else ():
-        precision = MixedPrecisionPolicy(getattr(torch, config.dtype), reduce_dtype=torch.float32)
-        fully_shard(module, mesh=dist.init_device_mesh(config.device, (WORLD_SIZE,)), mp_policy=precision)
-    return model.to(config.device).float()
+def distribute(model, config):
+    """Places a model on this process's device, in float32, with DDP or FSDP around it.
+
+    With DDP each process has the whole model, and the gradients are averaged. With FSDP (--shard) each process has a
+    share of every parameter, of its gradient and of Adam's averages, and a layer is put together just before it
+    computes. A frozen model needs no DDP.
+    """
+    # transformers lists the names of the classes of a model's layers here.
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if config.gradient_checkpointing:
+        # transformers has a switch for this, too, but it works in training mode only, in which dropout is on.
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if config.shard:
+        mesh = dist.init_device_mesh(config.device, (WORLD_SIZE,))
+        precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
+        for module in (*layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+    model = model.to(config.device).float()
+    is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    if config.shard or is_frozen or WORLD_SIZE == 1:
+        return model
+    # Let the gradients live in the buffers that DDP sends, so that they are not held twice.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def state_of(policy, optimizer, reference):
-    """θ, Adam's averages and the reference: the tensors themselves, so that loading restores them."""
-    state = {f"policy.{name}": p for name, p in policy.named_parameters()}
-    for name, p in policy.named_parameters():
-        if not optimizer.state[p]:  # as AdamW itself begins
-            zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = zeros | {"step": torch.zeros((), device=p.device)}
-        state |= {f"{kind}.{name}": tensor for kind, tensor in optimizer.state[p].items()}
-    return state | {f"reference.{name}": p for name, p in (reference.named_parameters() if reference else ())}
+# ------------------------------------------------------------------------------------------
+# Records and checkpoints
+# ------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(output, step, metrics, *models):
-    """Writes OUTPUT/checkpoint-STEP, named when it is whole, and removes older ones."""
-    unfinished, state = output / "unfinished", {"step": step, "metrics": json.dumps(metrics), **state_of(*models)}
+def record(config, output, metrics, row) -> None:
+    """Prints a row and adds it to OUTPUT/metrics.jsonl, with null for what is not finite."""
+    metrics.append({name: value if np.isfinite(value) else None for name, value in row.items()})
+    shown = ("eval_accuracy", "reward", "response_tokens", "no_signal", "grad_norm", "step_seconds")
+    say(f"{row['step']:4d}  " + "  ".join(f"{name} {row[name]:.3f}" for name in shown if name in row))
+    if RANK == 0:
+        # A file that is written anew and then renamed is whole at any moment, even if the process is killed.
+        unfinished = output / "metrics.unfinished"
+        unfinished.write_text("".join(json.dumps(each) + "\n" for each in metrics))
+        unfinished.replace(output / "metrics.jsonl")
+        if config.wandb:
+            import wandb
+
+            if wandb.run is None:
+                wandb.init(project="empg", config=asdict(config))
+            wandb.log(metrics[-1])
+
+
+def state_of(policy, optimizer, reference) -> dict:
+    """What a checkpoint holds: θ, Adam's averages, and the reference (which `studies/ema_pg.py` moves).
+
+    These are the tensors themselves, not copies, so that loading into this dict restores them.
+    """
+    state = {}
+    for name, parameter in unwrap(policy).named_parameters():
+        averages = optimizer.state[parameter]
+        if not averages:
+            # AdamW makes its averages at its first step. Until then, they are what it would begin with.
+            averages["step"] = torch.zeros((), device=parameter.device)
+            averages["exp_avg"] = torch.zeros_like(parameter)
+            averages["exp_avg_sq"] = torch.zeros_like(parameter)
+        state[f"policy.{name}"] = parameter
+        for kind, tensor in averages.items():
+            state[f"{kind}.{name}"] = tensor
+    if reference is not None:
+        for name, parameter in reference.named_parameters():
+            state[f"reference.{name}"] = parameter
+    return state
+
+
+def save_checkpoint(output, step, metrics, policy, optimizer, reference) -> None:
+    """Writes OUTPUT/checkpoint-STEP and removes the one before. It gets its name when all of it is on the disk."""
+    unfinished = output / "unfinished"
+    state = {"step": step, "metrics": json.dumps(metrics), **state_of(policy, optimizer, reference)}
+    # With a file for each tensor, they are written one by one, without a copy of all of them in memory.
     dcp.save(state, storage_writer=dcp.FileSystemWriter(unfinished, single_file_per_rank=False))
     if RANK == 0:
         unfinished.rename(output / f"checkpoint-{step:06d}")
@@ -637,108 +1122,170 @@ def save_checkpoint(output, step, metrics, *models):
             shutil.rmtree(old)
 
 
-def load_checkpoint(output, *models):
-    """Restores OUTPUT's checkpoint, if any; returns its step and metrics.jsonl's rows."""
-    state = {"step": 0, "metrics": "[]", **state_of(*models)}
-    for path in sorted(output.glob("checkpoint-*"))[-1:]:
-        dcp.load(state, checkpoint_id=path)
-        say(f"Resuming after iteration {state['step']}")
+def load_checkpoint(output, policy, optimizer, reference):
+    """Restores the newest checkpoint. Returns its iteration and the rows of metrics.jsonl; 0 and [] without one."""
+    checkpoints = sorted(output.glob("checkpoint-*"))
+    if not checkpoints:
+        return 0, []
+    state = {"step": 0, "metrics": "", **state_of(policy, optimizer, reference)}
+    dcp.load(state, checkpoint_id=checkpoints[-1])
+    say(f"Resuming after iteration {state['step']}")
     return state["step"], json.loads(state["metrics"])
 
 
-def record(config, output, metrics, row):
-    """Tells a row and adds it to metrics.jsonl, null for what is not finite."""
-    metrics.append({name: value if np.isfinite(value) else None for name, value in row.items()})
-    shown = ("eval_accuracy", "reward", "response_tokens", "no_signal", "grad_norm", "step_seconds")
-    say(f"{row['step']:4d}  {'  '.join(f'{name} {row[name]:.3f}' for name in shown if name in row)}")
-    if RANK == 0:
-        unfinished = output / "metrics.unfinished"
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in metrics))
-        unfinished.replace(output / "metrics.jsonl")
-        if config.wandb:
-            import wandb
-
-            (wandb.run or wandb.init(project="empg", config=asdict(config))).log(metrics[-1])
+# ------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------
 
 
-say = partial(print, flush=True) if RANK == 0 else lambda text: None
-progress = partial(tqdm, leave=False, delay=2, disable=RANK != 0)
-
-# ---- The command line
-
-
-def fail(message):
-    """Ends with one line on stderr."""
+def fail(message) -> None:
+    """Ends with one line on standard error, and exit code 2."""
     if LOCAL_RANK == 0:
         print("error:", str(message).splitlines()[0], file=sys.stderr)
     raise SystemExit(2)
 
 
-def check(config):
-    """Ends where an option cannot work."""
-    zero = ("beta", "kl_topk", "ema_decay", "eval_every", "save_every", "seed")  # may be 0
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def default_recipe(model, task, device) -> dict:
+    """The defaults that depend on a command's own model, task and device.
+
+    If it names no model, the defaults are one that the machine can train, and what that model can learn.
+    """
+    if model is not None:
+        return {"task": "gsm8k"}
+    gigabytes = 0.0
+    if device == "cuda":
+        gigabytes = torch.cuda.get_device_properties(LOCAL_RANK).total_memory / 1e9
+    if task == "sums" or (task is None and gigabytes < 24):
+        return LAPTOP
+    # With the other defaults, 1.5B parameters take about 50 GB, and 0.5B take 20 GB. README has the arithmetic.
+    if gigabytes > 60:
+        return {"task": "gsm8k", "model": "Qwen/Qwen2.5-1.5B"}
+    return {"task": "gsm8k", "model": "Qwen/Qwen2.5-0.5B"}
+
+
+def parse_options(argv) -> Config:
+    """The options of a command line, with defaults for what it does not say."""
+    what_it_does = __doc__.splitlines()[0]
+    parser: Any = HfArgumentParser(Config, description=what_it_does, allow_abbrev=False)  # type: ignore[arg-type]
+    parser.error = fail
+    # The defaults depend on what was asked for, so read the command line twice.
+    asked = parser.parse_args(argv)
+    device = asked.device or default_device()
+    recipe = default_recipe(asked.model, asked.task, device)
+    parser.set_defaults(device=device, dtype=default_dtype(device), **recipe)
+    config = Config(**vars(parser.parse_args(argv)))
+    if config.output is None:
+        config.output = f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return config
+
+
+def check_options(config) -> None:
+    """Ends with a line that says what to change, if an option cannot work."""
+    may_be_zero = ("beta", "eval_every", "save_every", "seed")
     for name, value in asdict(config).items():
-        if type(value) in (int, float) and not (0 < value < np.inf or (value == 0 and name in zero)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not (0 < value < math.inf or (value == 0 and name in may_be_zero)):
             fail(f"--{name.replace('_', '-')} {value}: must be positive")
     if config.task not in TASKS:
         fail(f"--task {config.task}: choose {', '.join(TASKS)}")
-    if config.prompts_per_step % WORLD_SIZE:
-        fail(f"--prompts-per-step {config.prompts_per_step}: must divide among {WORLD_SIZE} processes")
     if config.num_samples == 1:
-        fail("--num-samples 1: must be at least 2")
+        fail("--num-samples 1: must be at least 2, since the baseline is the mean of the other samples")
     if Path(config.output, "config.json").exists() and not config.resume:
         fail(f"--output {config.output}: holds another run; name a new one or --resume it")
 
 
-def load_model(name, dtype="auto"):
-    """Tokenizer and model, on the CPU; ValueError if one cannot be used."""
+def load_problems(config) -> tuple[list[dict], list[dict]]:
+    """The problems to train on, and the held-out ones. ValueError if there are none."""
+    task = TASKS[config.task]
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tests = task.problems(config.data, "test")
+    except ValueError:
+        # A dataset without a test split will do, if nothing is to be evaluated on it.
+        if config.eval_every:
+            raise
+        tests = []
+    # A question of the test split may also stand in the training split. Never train on it.
+    test_questions = {problem["question"] for problem in tests}
+    problems = [problem for problem in task.problems(config.data, "train") if problem["question"] not in test_questions]
+    if not problems:
+        raise ValueError("--data: all problems are in the test split")
+    if not config.eval_every:
+        return problems, []
+    order = np.random.default_rng(0).permutation(len(tests))
+    return problems, [tests[i] for i in order[: config.eval_problems]]
+
+
+def load_model(name: str, dtype="auto"):
+    """A tokenizer and a model from the hub or a directory, on the CPU, in the precision as stored, or in `dtype`.
+
+    The model is in evaluation mode, without dropout, and stays so: the update needs the probabilities of the policy
+    that was sampled from.
+
+    Raises: ValueError if there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:
         raise ValueError(f"--model {name}: no model and tokenizer there or on the hub: {error}") from error
+    return tokenizer, model
+
+
+@torch.no_grad()
+def check_model(name: str, tokenizer, model) -> None:
+    """Raises ValueError if a model cannot be used: it has no EOS token, or logits that `log_probs` would get wrong."""
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {name}: its tokenizer has no EOS token; save one with it")
     output = model(torch.tensor([[0, 1]]), output_hidden_states=True)
     expected = output.hidden_states[-1] @ model.get_output_embeddings().weight.T
     if not torch.allclose(output.logits, expected, rtol=0.02, atol=0.02):
-        raise ValueError(f"--model {name}: changes its logits behind the output embeddings; log_probs does not")
-    return tokenizer, model
+        raise ValueError(
+            f"--model {name}: changes its logits after the output embeddings, as by soft-capping; this is not supported"
+        )
 
 
-def main(argv=None):
-    """The command line, or `argv`."""
-    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = fail
-    given = parser.parse_args(argv)
-    recipe = {} if given.model else LAPTOP if given.task == "sums" or not (given.task or CUDA) else GPU
-    parser.set_defaults(**{"task": "gsm8k"} | recipe)
-    config = Config(**vars(parser.parse_args(argv)))
-    config.output = config.output or f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check(config)
-    if sys.platform == "linux":  # keep freed memory: new pages are slow
-        for name, size in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(name, size)
+def main(argv=None) -> None:
+    """Runs the command line, or `argv`."""
+    config = parse_options(argv)
+    check_options(config)
     start_processes(config.device)
+    # The name of the default output has the time in it: take that of the first process.
     config = gather([config])[0]
-    task, output = TASKS[config.task], Path(config.output)
     try:
-        tests = task.problems(config.data, "test") if config.eval_every else []
-        known = {row["question"] for row in tests}  # never trained on
-        problems = [row for row in task.problems(config.data, "train") if row["question"] not in known]
-        if not problems:
-            raise ValueError("--data: all problems are in the test split")
-        held_out = [tests[i] for i in np.random.default_rng(0).permutation(len(tests))[: config.eval_problems]]
+        problems, held_out = load_problems(config)
         tokenizer, policy = load_model(config.model)
-        add_prompts(problems + held_out, task, tokenizer, policy, config.max_new_tokens)
+        check_model(config.model, tokenizer, policy)
+        add_prompts(problems + held_out, TASKS[config.task], tokenizer)
+        room = room_for_responses(problems + held_out, policy)
+        if room < config.max_new_tokens:
+            raise ValueError(f"--max-new-tokens {config.max_new_tokens}: at most {room} fit behind the prompts")
     except ValueError as error:
         fail(error)
+
+    output = Path(config.output)
     if RANK == 0:
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    say(f"{config}\n{len(problems)} problems to train on, {len(held_out)} held out")
-    old_policy = load_model(config.model, getattr(torch, config.dtype))[1].requires_grad_(False).to(config.device)
-    reference = spread(load_model(config.model)[1].requires_grad_(False), config) if config.beta else None
-    train(config, spread(policy, config), old_policy, reference, tokenizer, problems, held_out, output)
+    say(str(config))
+    say(f"{len(problems)} problems to train on, {len(held_out)} held out")
+
+    policy = distribute(policy, config)
+    _, old_policy = load_model(config.model, getattr(torch, config.dtype))
+    old_policy = old_policy.requires_grad_(False).to(config.device)
+    reference = None
+    if config.beta:
+        _, reference = load_model(config.model)
+        reference = distribute(reference.requires_grad_(False), config)
+    train(config, policy, old_policy, reference, tokenizer, problems, held_out, output)
+
     if RANK == 0:
         old_policy.save_pretrained(output / "model")
         tokenizer.save_pretrained(output / "model")

@@ -23,7 +23,7 @@ import torch
 from transformers import HfArgumentParser
 
 import empg
-from empg import CUDA, RANK, TASKS, WORLD_SIZE, fail, option, progress, say
+from empg import RANK, TASKS, WORLD_SIZE, fail, option, progress, say
 
 
 @dataclass
@@ -39,10 +39,12 @@ class Options:
     temperature: float = option(None, "0 is greedy; by default 0 for one sample, 1 for several")
     max_new_tokens: int = option(None, "token limit of a response; by default 1024, or what fits")
     seed: int = option(0, "of sampling")
-    dtype: Literal["bfloat16", "float32"] = option("bfloat16" if CUDA else "float32", "of computation")
+    dtype: Literal["bfloat16", "float32"] = option(None, "of computation; by default bfloat16 on cuda, else float32")
     output: str | None = option(None, "FILE.jsonl that gets every response; the picture of --curves")
     sample_batch: int = option(128, "responses that a process samples at a time: bounds its memory")
-    device: Literal["cuda", "mps", "cpu"] = option("cuda" if CUDA else "cpu", "where to compute")
+    device: Literal["cuda", "mps", "cpu"] = option(
+        None, "where to compute; by default cuda if there is a GPU, else cpu"
+    )
     compare: list[str] | None = field(default=None, metadata={"help": "two results files of the same problems"})
     curves: list[str] | None = field(default=None, metadata={"help": "directories of runs"})
 
@@ -118,7 +120,12 @@ def evaluate(options: Options) -> list[dict]:
     extract = empg.last_boxed if options.task == "math-hard" else empg.final_answer
     problems = task.problems(options.data, options.split)[: options.limit]
     tokenizer, model = empg.load_model(options.model, getattr(torch, options.dtype))
-    options.max_new_tokens = empg.add_prompts(problems, task, tokenizer, model, options.max_new_tokens)
+    empg.check_model(options.model, tokenizer, model)
+    empg.add_prompts(problems, task, tokenizer)
+    room = empg.room_for_responses(problems, model)
+    if room < (options.max_new_tokens or 1):
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: at most {room} fit behind the prompts")
+    options.max_new_tokens = options.max_new_tokens or min(1024, room)
     names = ("model", "task", "data", "split", "limit", "num_samples", "temperature", "max_new_tokens", "seed", "dtype")
     header = {name: getattr(options, name) for name in names} | {"problems": len(problems)}
     file = Path(options.output or "")
@@ -135,7 +142,9 @@ def evaluate(options: Options) -> list[dict]:
     for start in progress(range(len(rows) // G, len(problems), count), "evaluating"):
         some = problems[start : start + count]
         new: list[dict] = []
-        for i, row in enumerate(empg.respond(model, tokenizer, task, some, G, *limits, (options.seed << 64) + start)):
+        for i, row in enumerate(
+            empg.sample_trajectories(model, tokenizer, task, some, G, *limits, options.seed * 10**18 + start)
+        ):
             problem, text = some[i // G], row["text"]
             new.append({"index": start + i // G, "question": problem["question"], "type": problem.get("type")})
             new[i] |= {"response": text, "answer": extract(text), "correct": row["reward"] == 1}
@@ -234,6 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     parser: Any = HfArgumentParser(Options, description=(__doc__ or "").splitlines()[0], allow_abbrev=False)  # type: ignore[arg-type]
     parser.error = fail
     options = Options(**vars(parser.parse_args(argv)))
+    options.device = options.device or empg.default_device()
+    options.dtype = options.dtype or empg.default_dtype(options.device)
     options.temperature = options.temperature if options.temperature is not None else float(options.num_samples > 1)
     for name in ("limit", "num_samples", "max_new_tokens", "sample_batch"):
         if getattr(options, name) is not None and getattr(options, name) < 1:

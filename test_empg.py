@@ -37,9 +37,11 @@ sys.path += [str(HERE / "studies"), str(HERE / "base")]
 
 import ablations
 import behaviours
+import ema_pg
 import gradients
 import grpo
 import make
+import prompts_once
 import word_problems
 
 # ---- Toy policies: every trajectory can be enumerated
@@ -77,7 +79,7 @@ def groups_of(logits: torch.Tensor, kind: str, group: int = 3):
     p = logprobs.sum(1).exp().detach()
     smoothed = 0.3 + 0.5 * RIGHT  # R̃ held fixed
     for rows in itertools.product(range(7), repeat=group):
-        weights = empg.subtract_baseline(smoothed[list(rows)][None], kind)[0]
+        weights = ablations.baseline(smoothed[list(rows)][None], kind)[0]
         yield p[list(rows)].prod(), -gradient(empg.empg_loss(logprobs[list(rows)], MASK[list(rows)], weights), logits)
 
 
@@ -152,15 +154,18 @@ def test_mistake_baseline_with_the_wrong_sign():
     r = torch.rand(3, 4, dtype=torch.float64)
     others = torch.tensor([[[r[i, k] for k in range(4) if k != j] for j in range(4)] for i in range(3)]).mean(2)
     torch.testing.assert_close(empg.subtract_baseline(r), r - others)
-    torch.testing.assert_close(empg.subtract_baseline(r, "group"), r - r.mean(1, keepdim=True))
-    torch.testing.assert_close(empg.subtract_baseline(r, "batch"), r - r.mean())
-    assert torch.equal(empg.subtract_baseline(r, "none"), r)
+    torch.testing.assert_close(ablations.baseline(r, "group"), r - r.mean(1, keepdim=True))
+    torch.testing.assert_close(ablations.baseline(r, "batch"), r - r.mean())
+    assert torch.equal(ablations.baseline(r, "none"), r) and torch.equal(
+        ablations.baseline(r, "loo"), empg.subtract_baseline(r)
+    )
     # Equal rewards have weight 0 to the last bit, whatever 0.6224593 summed seven times rounds to.
     equal = empg.smooth_rewards(torch.tensor([1.0] * 7 + [0, 0, 1, 0, 1, 1, 1] + [0.0] * 7)).view(3, 7)
-    for weights in (empg.subtract_baseline(equal, "loo"), empg.subtract_baseline(equal, "group")):
+    for weights in (empg.subtract_baseline(equal), ablations.baseline(equal, "group"), grpo.grpo_advantages(equal)):
         assert (weights[[0, 2]] == 0).all() and (weights[1] != 0).all()
-    for rewards, kind in ((torch.rand(2, 2), "mean"), (torch.rand(4), "loo"), (torch.rand(4, 1), "loo")):
-        pytest.raises(ValueError, empg.subtract_baseline, rewards, kind)
+    pytest.raises(ValueError, ablations.baseline, torch.rand(2, 2), "mean")
+    for rewards in (torch.rand(4), torch.rand(4, 1)):
+        pytest.raises(ValueError, empg.subtract_baseline, rewards)
 
 
 def test_mistake_mean_over_padding():
@@ -170,12 +175,23 @@ def test_mistake_mean_over_padding():
     assert empg.empg_loss(logprobs, mask, torch.tensor([0.5, -1.0])).item() == pytest.approx(-(0.5 * -6 + -1 * -4) / 2)
 
 
+def test_mistake_kl_of_the_wrong_direction():
+    """kl_divergence is KL(π ‖ ref), by torch.distributions in value and gradient, and not KL(ref ‖ π)."""
+    logits, ref = toy_logits(7, (3, 5)), toy_logits(8, (3, 5)).detach()
+    kl = empg.kl_divergence(logits, ref)
+    pi, reference = torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=ref)
+    expected = torch.distributions.kl_divergence(pi, reference)
+    torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(gradient(kl.sum(), logits), gradient(expected.sum(), logits))
+    assert not torch.allclose(kl, torch.distributions.kl_divergence(reference, pi), rtol=0.01)
+
+
 def test_k3_estimates_the_reverse_kl():
     """Its expectation under π is KL(π ‖ ref); as a plain loss its gradient is that of KL(ref ‖ π), as its docstring says."""
     logits, ref = toy_logits(7, (5,)), toy_logits(8, (5,)).detach().log_softmax(0)
     log_pi = logits.log_softmax(0)
-    k3 = empg.kl_k3(log_pi, ref)
-    assert (k3 >= 0).all() and (empg.kl_k3(ref, ref) == 0).all()
+    k3 = ema_pg.kl_k3(log_pi, ref)
+    assert (k3 >= 0).all() and (ema_pg.kl_k3(ref, ref) == 0).all()
     assert (log_pi.exp() * k3).sum().item() == pytest.approx((log_pi.exp() * (log_pi - ref)).sum().item(), abs=1e-12)
     as_loss = gradient((log_pi.exp().detach() * k3).sum(), logits)
     torch.testing.assert_close(as_loss, gradient((ref.exp() * (ref - log_pi)).sum(), logits))
@@ -187,12 +203,12 @@ def test_topk_kl_is_exact_in_value_and_gradient(k):
     logits, ref = toy_logits(0, (8,)), toy_logits(9, (8,)).detach()
     pi = logits.softmax(-1)
     exact = (pi * (pi.log() - ref.log_softmax(-1))).sum()
-    mean = (pi.detach() * empg.kl_topk(logits.expand(8, 8), ref.expand(8, 8), torch.arange(8), k)).sum()
+    mean = (pi.detach() * ema_pg.kl_topk(logits.expand(8, 8), ref.expand(8, 8), torch.arange(8), k)).sum()
     torch.testing.assert_close(mean, exact)
     torch.testing.assert_close(gradient(mean, logits), gradient(exact, logits), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("module", [empg, grpo, gradients])
+@pytest.mark.parametrize("module", [empg, grpo, gradients, ablations, ema_pg, prompts_once])
 def test_examples_in_docstrings(module):
     """What the docstrings show is what the functions return."""
     assert doctest.testmod(module).failed == 0 < doctest.testmod(module).attempted
@@ -241,30 +257,33 @@ def same_gradient(one: torch.Tensor, two: torch.Tensor) -> bool:
     return (one - two).norm().item() < 1e-6 * two.norm().item()  # norms of layers are computed in float32
 
 
+@pytest.mark.parametrize("log_probs", [empg.log_probs, prompts_once.log_probs], ids=["one-pass", "prompts-once"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(("chunk", "checkpointing"), [(1, False), (5, True), (256, False)])
-def test_mistakes_temperature_forgotten_and_wrong_tensor_detached(kind, chunk, checkpointing, monkeypatch):
-    """log_probs equals the plain formula, values and gradients: prompts of unequal length read once for their responses,
-    padding on both sides, chunks of logits, layers computed again and a temperature change nothing, for any parameter."""
-    monkeypatch.setattr(empg, "CHUNK", chunk)
+def test_mistakes_temperature_forgotten_and_wrong_tensor_detached(log_probs, kind, chunk, checkpointing, monkeypatch):
+    """log_probs equals the plain formula, values and gradients: prompts of unequal length, also read once for their
+    responses, padding, chunks of logits, layers computed again and a temperature change nothing, for any parameter."""
+    monkeypatch.setattr(empg, "LOGIT_ROWS", chunk)
     model = make_model(**MODELS[kind])
     plain_loss(model, WEIGHTS, 0.7).backward()
     expected = flat_grad(model)
     plain = [plain_logprobs(model, PROMPTS[i // 2], r, 0.7) for i, r in enumerate(RESPONSES)]
-    model = empg.spread(model, config(gradient_checkpointing=checkpointing)).double()
+    model = empg.distribute(model, config(gradient_checkpointing=checkpointing)).double()
     model.zero_grad()
-    values, mask = empg.log_probs(model, PROMPTS, RESPONSES, 0.7)
+    values, mask = log_probs(model, PROMPTS, RESPONSES, 0.7)
     assert mask.sum(1).tolist() == [len(r) for r in RESPONSES] and (values[~mask] == 0).all()
-    torch.testing.assert_close(values[mask], torch.cat(plain), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(values[mask].double(), torch.cat(plain), rtol=1e-6, atol=2e-6)
     empg.empg_loss(values, mask, WEIGHTS).backward()
     assert same_gradient(flat_grad(model), expected)
 
 
 def test_logits_are_never_held_for_a_batch(monkeypatch):
-    """No tensor of log_probs has a vocabulary for more tokens than a chunk, or than there are responses, with a KL or not."""
-    monkeypatch.setattr(empg, "CHUNK", 8)
+    """The library gets no more rows of logits at a time than LOGIT_ROWS, and no tensor of log_probs has a vocabulary for
+    more rows than that, or than there are responses, with a KL or not."""
+    monkeypatch.setattr(empg, "LOGIT_ROWS", 8)
     model, reference = (make_model(seed, vocab=97, hidden_size=8).requires_grad_(not seed) for seed in (0, 1))
-    seen = []
+    seen, chunks = [], []
+    spy(monkeypatch, "linear_cross_entropy", lambda _, how, __: chunks.append(how["options"].batch_chunk_size), empg.F)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, _, args=(), kwargs=None):
@@ -273,15 +292,18 @@ def test_logits_are_never_held_for_a_batch(monkeypatch):
                 seen.append(out.untyped_storage().nbytes() // (97 * out.element_size()))
             return out
 
-    for more in ((), (reference,), (reference, 3)):
+    for more in ((), (reference,)):
         with Watch():
             sum(x.sum() for x in empg.log_probs(model, PROMPTS, RESPONSES, 1.0, *more)).backward()
-    assert max(seen) == 8 < sum(map(len, RESPONSES))
+    assert max(seen) == len(RESPONSES) == 8 < sum(map(len, RESPONSES)) and chunks == [8, 8]
 
 
-def test_bfloat16_computation_stays_close_to_float32():
-    """Under autocast the projection, too, computes in bfloat16; float32 weights get float32 gradients, much the same."""
-    model, found = make_model(dtype=torch.float32), []
+def test_bfloat16_computation_stays_close_to_float32(monkeypatch):
+    """Under autocast layers and logits compute in bfloat16. From the same hidden states, a log-probability is that of
+    float32 logits but for its own rounding, which the mean does not show; its gradient is much the same; float32 weights
+    get float32 gradients, and bfloat16 weights, as FSDP has them, do, too."""
+    model, found, states = make_model(dtype=torch.float32), [], []
+    spy(monkeypatch, "response_states", lambda _, __, result: states.append(result))
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -290,6 +312,20 @@ def test_bfloat16_computation_stays_close_to_float32():
         found.append(flat_grad(model))
         assert values.dtype == found[-1].dtype == torch.float32
     assert 0.99 < torch.cosine_similarity(*found, dim=0) < 1 - 1e-7
+
+    hidden = states[1][0].detach().bfloat16().repeat(100, 1).requires_grad_()
+    tokens = torch.randint(18, (len(hidden),), generator=torch.Generator().manual_seed(0))
+    weight = model.get_output_embeddings().weight
+    for w in (weight, weight.bfloat16()):
+        exact = (hidden.float() @ w.float().T).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        expected = torch.autograd.grad(exact.sum(), hidden)[0].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = empg.token_logprobs(hidden, w, tokens)
+        error = (rounded - exact).abs()
+        assert rounded.dtype == torch.float32 and (error <= 2**-8 * exact.abs()).all() and error.max() > 1e-3
+        assert (rounded - exact).mean().abs() < 1e-3 * exact.mean().abs()
+        got = torch.autograd.grad(rounded.sum(), hidden)[0].float()
+        assert (got - expected).norm() < 0.01 * expected.norm()
 
 
 def test_mistakes_labels_shifted_and_eos_left_out_of_the_loss():
@@ -305,7 +341,7 @@ def test_mistakes_dropout_on_and_bfloat16_master_weights(tmp_path):
     make_model(dtype=torch.bfloat16, attention_dropout=0.5).train().save_pretrained(tmp_path)
     make.character_tokenizer().save_pretrained(tmp_path)
     policy, frozen = empg.load_model(str(tmp_path))[1], empg.load_model(str(tmp_path), torch.bfloat16)[1]
-    policy = empg.spread(policy, config(dtype="bfloat16"))
+    policy = empg.distribute(policy, config(dtype="bfloat16"))
     assert {p.dtype for p in policy.parameters()} == {torch.float32} == {b.dtype for b in frozen.buffers()}
     assert not any(module.training for model in (policy, frozen) for module in model.modules())
     for p in policy.parameters():
@@ -380,7 +416,11 @@ def test_sample_and_log_probs_refuse_bad_input():
 
 # ---- The update
 
-ROWS = [{"prompt": PROMPTS[i // 2], "response": response} for i, response in enumerate(RESPONSES)]
+
+def rows_with(weights) -> list[dict]:
+    """The trajectories of PROMPTS and RESPONSES with these weights."""
+    pairs = enumerate(zip(RESPONSES, weights.tolist(), strict=True))
+    return [{"prompt": PROMPTS[i // 2], "response": response, "weight": weight} for i, (response, weight) in pairs]
 
 
 def config(**options) -> empg.Config:
@@ -392,12 +432,17 @@ def update(model, weights=WEIGHTS, reference=None, **options):
     optimizer, found = torch.optim.SGD(model.parameters(), lr=0.0), [None]
     optimizer.zero_grad()
     optimizer.register_step_pre_hook(lambda *_: found.append(flat_grad(model)))
-    return found, empg.update(model, optimizer, ROWS, weights, config(**options), reference)
+    return found, empg.update(model, optimizer, rows_with(weights), config(**options), reference)
 
 
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("budget", [1, 30, 10_000])
-def test_update_has_the_gradient_of_the_whole_batch(budget):
-    """Neither passes, prompts with their responses or one by one, nor skipping weight 0 change the gradient of Eq. 12."""
+def test_update_has_the_gradient_of_the_whole_batch(budget, once, monkeypatch):
+    """Neither micro-batches, of trajectories or of prompts with all their responses, nor skipping weight 0 change the
+    gradient of Eq. 12."""
+    if once:
+        monkeypatch.setattr(empg, "response_states", prompts_once.response_states)
+        monkeypatch.setattr(empg, "micro_batches", prompts_once.micro_batches)
     model = make_model()
     loss = plain_loss(model, WEIGHTS)
     loss.backward()
@@ -409,34 +454,59 @@ def test_update_has_the_gradient_of_the_whole_batch(budget):
     assert stats["entropy"] == pytest.approx(torch.cat(surprise).mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("split", [empg.micro_batches, prompts_once.micro_batches])
+def test_micro_batches_hold_every_trajectory_once_within_the_limit(split):
+    """Of random lengths every trajectory is in one micro-batch; each is within the limit or has one trajectory; and sorting
+    by length needs fewer padded tokens than passes of as many rows as the longest row allows."""
+    rng = np.random.default_rng(0)
+    rows = [{"prompt": [i // 8] * (40 + 9 * (i // 8)), "response": [0] * int(rng.integers(1, 200))} for i in range(64)]
+    batches = split(rows, 1000)
+    assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows))
+    length = lambda row: len(row["prompt"]) + len(row["response"])
+    padded = [len(batch) * max(map(length, batch)) for batch in batches]
+    if split is empg.micro_batches:
+        assert all(tokens <= 1000 or len(batch) == 1 for tokens, batch in zip(padded, batches))
+        assert sum(padded) < 0.8 * 64 * max(map(length, rows))
+        assert [max(map(length, batch)) for batch in batches] == sorted(max(map(length, b)) for b in batches)[::-1]
+    assert split([{"prompt": [1] * 9, "response": [1]}], 1) == [[{"prompt": [1] * 9, "response": [1]}]]
+
+
 def test_what_has_no_gradient_is_not_computed(monkeypatch):
-    """The forward pass sees only prompts whose responses carry weight, each once; without any, nothing changes."""
+    """The forward pass sees only trajectories that carry weight, each once; without any, nothing changes."""
     seen, model = [], make_model()
-    spy(monkeypatch, "log_probs", lambda args, *_: seen.extend(args[1]))
+    spy(monkeypatch, "log_probs", lambda args, *_: seen.extend(args[2]))
     update(model)
-    assert sorted(seen) == sorted([PROMPTS[0], PROMPTS[2], PROMPTS[3]])
+    assert sorted(seen) == sorted(RESPONSES[i] for i in (0, 1, 4, 5, 6, 7))
     before, optimizer = flat(model), torch.optim.AdamW(model.parameters(), lr=1.0)
-    stats = empg.update(model, optimizer, ROWS, 0 * WEIGHTS, config())
-    assert len(seen) == 3 and stats["loss"] == stats["grad_norm"] == 0 and not optimizer.state
+    stats = empg.update(model, optimizer, rows_with(0 * WEIGHTS), config())
+    assert len(seen) == 6 and stats["loss"] == stats["grad_norm"] == 0 and not optimizer.state
     for bad in (math.nan, math.inf):  # nor does a gradient that is not finite, which is counted
-        stats = empg.update(model, optimizer, ROWS, bad * WEIGHTS.abs(), config())
+        stats = empg.update(model, optimizer, rows_with(bad * WEIGHTS.abs()), config())
         assert stats["skipped_updates"] == 1 and not math.isfinite(stats["grad_norm"]) and not optimizer.state
     assert torch.equal(before, flat(model))
 
 
-@pytest.mark.parametrize("topk", [None, 3])
-def test_kl_term_has_its_gradient(topk, monkeypatch):
-    """With β the gradient is that of the loss plus β times the summed KL of every trajectory, also those of weight 0."""
-    monkeypatch.setattr(empg, "CHUNK", 8)
+@pytest.mark.parametrize("kind", ["exact", "k3", "topk"])
+def test_kl_term_has_its_gradient(kind, monkeypatch):
+    """With β the gradient is that of the loss plus β times the summed KL of every trajectory, also those of weight 0; so it
+    is with the estimators of ema_pg.py."""
+    monkeypatch.setattr(empg, "LOGIT_ROWS", 8)
+    monkeypatch.setattr(empg, "log_probs", empg.log_probs)
+    ema_pg.replace(kind, k=3)
     model, reference, kl = make_model(), make_model(seed=1).requires_grad_(False), 0.0
     for i, r in enumerate(RESPONSES):
         both = [plain_logits(m, PROMPTS[i // 2], r) / 0.7 for m in (model, reference)]
-        picked = [x.log_softmax(-1)[range(len(r)), r] for x in both]
-        kl += (empg.kl_k3(*picked) if topk is None else empg.kl_topk(*both, torch.tensor(r), topk)).sum()
+        log_pi, log_ref = (x.log_softmax(-1) for x in both)
+        if kind == "exact":
+            kl += (log_pi.exp() * (log_pi - log_ref)).sum()
+        elif kind == "k3":
+            kl += ema_pg.kl_k3(log_pi[range(len(r)), r], log_ref[range(len(r)), r]).sum()
+        else:
+            kl += ema_pg.kl_topk(*both, torch.tensor(r), 3).sum()
     (plain_loss(model, WEIGHTS, 0.7) + 0.3 * kl / 8).backward()
     expected = flat_grad(model)
-    (_, got), stats = update(model, reference=reference, beta=0.3, kl_topk=topk, temperature=0.7, micro_batch_tokens=40)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # of the exact KL the logits are float32
+    (_, got), stats = update(model, reference=reference, beta=0.3, temperature=0.7, micro_batch_tokens=40)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # of the KL the logits are float32
     assert stats["kl"] == pytest.approx(kl.item() / sum(map(len, RESPONSES)), rel=1e-5)
 
 
@@ -450,13 +520,14 @@ def test_chat_templates_and_the_tokens_that_stop():
     token with which the template closes an answer, as a base model often does, all end a response."""
     tokenizer, model = make.character_tokenizer(), make_model()
     task, problems = dataclasses.replace(empg.TASKS["sums"], prompt="{question}#{"), [{"question": "3+8="}]
-    assert empg.add_prompts(problems, task, tokenizer, model) == 64 - 6 and empg.stop_tokens(tokenizer, model) == [1]
+    empg.add_prompts(problems, task, tokenizer)
+    assert empg.room_for_responses(problems, model) == 64 - 6 and empg.stop_tokens(tokenizer, model) == [1]
     assert tokenizer.decode(problems[0]["prompt"]) == "3+8=#<unk>"
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "<|user|>", "<|bot|>"]})
     tokenizer.chat_template = CHAT
     model.generation_config.eos_token_id = [1, 7]
     assert empg.stop_tokens(tokenizer, model) == [1, 7, tokenizer.convert_tokens_to_ids("<end>")]
-    empg.add_prompts(problems, task, tokenizer, model)
+    empg.add_prompts(problems, task, tokenizer)
     assert tokenizer.decode(problems[0]["prompt"]) == "<|user|>3+8=#<unk><end><|bot|>"
 
 
@@ -467,6 +538,7 @@ BOXES = {
 18 :: 18 | \$18 | $18 | 18.00 | 18. | 18\% | 18 \text{ dollars} | 18\text{ km/h} | x = 18 | 3 \times 6 | 36/2 :: 1.8 | -18 | x
 18 :: 2 \times 3^{2} :: 17, 18 | \{17, 18\} | 18 \text{ or } 19 | 18 \text{ or 19} | x = 3 \text{ or } x = 18 | A = 5, B = 18
 1800 :: 1,800 | 1{,}800 | 1,\!800 | \$1,800.00 :: 1 | 800 | 1, 800
+.5 :: .5 | 0.5 | \frac12 :: 5 | 50
 5 :: 5 \text{ apples} :: 5 \text{ hours and } 30 \text{ minutes} | 5 \text{ to } 6 | 5 \text{ if } x > 0, 4 \text{ otherwise}
 """,
     "math-hard": r"""
@@ -580,9 +652,10 @@ def odd_is_right(monkeypatch):
 def test_a_run_leaves_what_it_promises(tiny, tmp_path, odd_is_right, monkeypatch, capsys):
     """metrics.jsonl has every key, config.json every option, wandb every row; the saved model gives the same greedy text."""
     logged, rewards = [], []
-    spy(monkeypatch, "respond", lambda _, how, rows: rewards.append([row["reward"] for row in rows]))
-    run = types.SimpleNamespace(log=logged.append)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=None, init=lambda **how: run))
+    spy(monkeypatch, "sample_trajectories", lambda _, how, rows: rewards.append([row["reward"] for row in rows]))
+    wandb = types.SimpleNamespace(run=None, log=logged.append)
+    wandb.init = lambda **how: setattr(wandb, "run", how)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     empg.main(options(tiny, tmp_path, "--wandb", steps=3, eval_every=2))
     keys = "step reward response_tokens loss grad_norm kl entropy sample_seconds update_seconds step_seconds"
     keys = {*keys.split(), "tokens_per_second", "no_signal", "cut", "skipped_updates"}
@@ -609,9 +682,9 @@ def test_mistake_seed_without_iteration(tiny, tmp_path, odd_is_right, monkeypatc
     many responses are sampled at a time."""
     used, drawn = [], []
     spy(monkeypatch, "sample", lambda args, how, _: used.extend(how["seeds"] if how["temperature"] else []))
-    spy(monkeypatch, "respond", lambda args, *_: drawn.extend(p["question"] for p in args[3]))
+    spy(monkeypatch, "sample_trajectories", lambda args, *_: drawn.extend(p["question"] for p in args[3]))
     problems = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(8)]
-    change(monkeypatch, problems=lambda *_: [dict(problem) for problem in problems])
+    change(monkeypatch, problems=lambda _, split: [dict(p) for p in problems] if split == "train" else [])
     for name, more in (("a", {}), ("b", {"sample_batch": 5}), ("c", {"seed": 1})):
         empg.main(options(tiny, tmp_path / name, eval_every=0, steps=4, **more))
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
@@ -620,30 +693,48 @@ def test_mistake_seed_without_iteration(tiny, tmp_path, odd_is_right, monkeypatc
     assert drawn[:16] == drawn[16:32] != drawn[32:]
 
 
-def test_mistake_old_policy_not_refreshed(tiny, tmp_path, odd_is_right, monkeypatch):
-    """θ* ← θ at every iteration: whenever trajectories are drawn, the frozen copy has the trained policy's weights."""
-    policies, apart = [], []
-    spy(monkeypatch, "spread", lambda args, how, policy: policies.append(policy))
-    spy(monkeypatch, "respond", lambda args, *_: apart.append((flat(args[0]) - flat(policies[0])).abs().max().item()))
-    empg.main(options(tiny, tmp_path, steps=5, eval_every=2))
+def test_mistakes_old_policy_not_refreshed_or_refreshed_too_often(tiny, tmp_path, odd_is_right, monkeypatch):
+    """θ* ← θ at every iteration: whenever trajectories are drawn, the frozen copy has the trained policy's weights. It keeps
+    them through all --updates on one buffer, while θ moves on."""
+    policies, frozen, apart, moved = [], [], [], []
+    spy(monkeypatch, "distribute", lambda args, how, policy: policies.append(policy))
+
+    def drawn(args, *_):
+        frozen[:] = [args[0], flat(args[0])]
+        apart.append((flat(args[0]) - flat(policies[0])).abs().max().item())
+
+    def updated(args, *_):
+        assert torch.equal(flat(frozen[0]), frozen[1])
+        moved.append((flat(args[0]) - frozen[1]).norm().item())
+
+    spy(monkeypatch, "sample_trajectories", drawn)
+    spy(monkeypatch, "update", updated)
+    empg.main(options(tiny, tmp_path, steps=5, eval_every=2, updates=3))
     assert len(apart) == 9 and max(apart) == 0 and (flat(policies[0]) - flat(load(tiny))).abs().max() > 1e-3
+    assert len(moved) == 15 and all(0 < one < two < three for one, two, three in np.reshape(moved, (5, 3)))
 
 
 def test_the_reference_stays_or_follows(tiny, tmp_path, odd_is_right, monkeypatch):
-    """It is there with β only, and stays, or with --ema-decay below 1 follows θ_ref ← decay · θ_ref + (1 - decay) · θ."""
-    placed, thetas = [], []
-    spy(monkeypatch, "spread", lambda args, how, model: placed.append(model))
-    spy(monkeypatch, "update", lambda args, *_: thetas.append(flat(args[0])))
+    """It is there with β only, and stays; with ema_pg.py it follows θ_ref ← decay · θ_ref + (1 - decay) · θ, and a run that is
+    stopped and resumed ends as one that is not."""
+    placed, thetas, one_update = [], [], empg.update
+    spy(monkeypatch, "distribute", lambda args, how, model: placed.append(model))
     for decay in (1.0, 0.7):
+        monkeypatch.setattr(empg, "update", one_update)
+        ema_pg.replace("exact", decay=decay, every=2)
         placed.clear(), thetas.clear()
-        more = {"lr": 0.01, "ema_every": 2, "eval_every": 0, "beta": 0.1, "ema_decay": decay}
+        spy(monkeypatch, "update", lambda args, *_: thetas.append(flat(args[0])))
+        more = {"lr": 0.01, "eval_every": 0, "beta": 0.1}
         empg.main(options(tiny, tmp_path / str(decay), steps=5, **more))
         expected = flat(load(tiny))
         for theta in (thetas[1], thetas[3]):
             expected = decay * expected + (1 - decay) * theta
         kl = [row["kl"] for row in metrics(tmp_path / str(decay))]
         assert kl[0] == pytest.approx(0, abs=1e-6) and max(kl) > 1e-5 and len(placed) == 2
-        torch.testing.assert_close(flat(placed[0]), expected)
+        torch.testing.assert_close(flat(placed[1]), expected)
+        for steps in (3, 5):
+            empg.main(options(tiny, tmp_path / f"{decay}-parts", "--resume", steps=steps, **more))
+        same_run(tmp_path / str(decay), tmp_path / f"{decay}-parts")
 
 
 def write_rows(path: Path, **splits) -> Path:
@@ -676,11 +767,11 @@ sys.path.insert(0, {str(HERE)!r})
 import torch, empg
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 seen = {{"trajectories": [], "gradients": []}}
-def respond(*args, respond=empg.respond):
-    rows = respond(*args)
+def sample_trajectories(*args, sample_trajectories=empg.sample_trajectories, **options):
+    rows = sample_trajectories(*args, **options)
     seen["trajectories"].append([(row["prompt"], row["response"]) for row in rows])
     return rows
-empg.respond = respond
+empg.sample_trajectories = sample_trajectories
 problems = [{{"question": "0+" * (i % 4) + f"{{i}}=", "answer": str(i % 4)}} for i in range(100, 150)]
 reward = lambda response, answer: float(len(response) % 2) if int(answer) < 2 else 0.0
 change = {{"reward": reward, "problems": lambda data, split: problems[:6] if split == "test" else problems[6:]}}
@@ -713,14 +804,17 @@ def run_ranks(processes: int, command: list) -> None:
         list(threads.map(lambda rank: run(command, **env, **rank), ranks))
 
 
-KL = {"beta": 0.1, "kl_topk": 4, "ema_decay": 0.9, "ema_every": 1}
+KL = {"beta": 0.1, "updates": 2}
 SHARD = ["--shard", "--gradient-checkpointing"]
 
 
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory):
     """Runs in one process, without and with a KL: their options, what they see and what they record."""
-    kinds = {kind: {"num_samples": 6, "micro_batch_tokens": 60, "steps": 3} for kind in ("plain", "kl")}
+    kinds = {
+        kind: {"num_samples": 6, "micro_batch_tokens": 60, "steps": 3, "prompts_per_step": 5}
+        for kind in ("plain", "kl")
+    }
     kinds["kl"] |= KL
     path = tmp_path_factory.mktemp("alone")
     words = [[*WATCH, path / kind, *options(tiny, path / f"run-{kind}", **kinds[kind])] for kind in kinds]
@@ -743,7 +837,9 @@ def test_mistakes_statistics_per_rank_and_mean_over_ranks(alone, n, kind, flags,
     ranks = [torch.load(tmp_path / f"seen.{rank}") for rank in range(n)]
     for rank in ranks:  # weights, gradients and Adam's averages are split, but for what does not divide evenly
         assert rank["held"] <= (1.1 * single["held"] / n if flags else single["held"])
-        assert rank["trajectories"] == single["trajectories"] and len(rank["gradients"]) == 3
+        assert (
+            rank["trajectories"] == single["trajectories"] and len(rank["gradients"]) == len(single["gradients"]) >= 3
+        )
         assert all(map(torch.equal, rank["gradients"], ranks[0]["gradients"]))
         for ours, theirs in zip(rank["gradients"], single["gradients"], strict=True):
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
@@ -860,9 +956,6 @@ def test_bad_models_data_and_directories(tiny, tmp_path, capfd, odd_is_right, mo
     for splits in ({"train": [{"q": "1"}], "test": [{"q": "1"}]}, {"train": [row], "test": []}, {"train": [row]}):
         data = write_rows(tmp_path / f"data{len(str(splits))}", **splits)
         check(tiny, "--data", str(data), "test.jsonl", "'question'", task="gsm8k", data=data)
-    with monkeypatch.context() as patch:
-        patch.setattr(empg, "WORLD_SIZE", 3)
-        check(tiny, "--prompts-per-step 4: must divide among 3")
     forward, tanh = Qwen2ForCausalLM.forward, lambda out: out.__setitem__("logits", out.logits.tanh()) or out
     with monkeypatch.context() as patch:
         patch.setattr(Qwen2ForCausalLM, "forward", lambda *args, **how: tanh(forward(*args, **how)))
@@ -874,14 +967,28 @@ def test_bad_models_data_and_directories(tiny, tmp_path, capfd, odd_is_right, mo
 
 
 def test_a_plain_command_stands_for_what_suits_the_machine(monkeypatch):
-    """Without --model it is the base model here on the sums, or with a GPU Qwen2.5-1.5B on GSM8K; the user's words win."""
+    """Without --model it is the base model here on the sums, or what the GPU's memory holds on GSM8K; the user's words win,
+    and the precision goes by the device."""
     found = []
-    note = lambda config: found.append(f"{Path(config.model).name} {config.task}") or sys.exit()
-    monkeypatch.setattr(empg, "check", note)
-    for words, gpu in (("", 0), ("--task=gsm8k", 0), ("--model=x", 0), ("--task=sums", 1), ("", 1)):
-        monkeypatch.setattr(empg, "CUDA", gpu)
+    note = lambda config: found.append(f"{Path(config.model).name} {config.task} {config.dtype}") or sys.exit()
+    monkeypatch.setattr(empg, "check_options", note)
+    cases = {
+        (0, ""): "base sums float32",
+        (0, "--task=gsm8k"): "Qwen2.5-0.5B gsm8k float32",
+        (0, "--model=x"): "x gsm8k float32",
+        (80, "--task=sums"): "base sums bfloat16",
+        (80, ""): "Qwen2.5-1.5B gsm8k bfloat16",
+        (24.5, ""): "Qwen2.5-0.5B gsm8k bfloat16",
+        (16, ""): "base sums bfloat16",
+        (80, "--device=cpu"): "base sums float32",
+        (80, "--dtype=float32"): "Qwen2.5-1.5B gsm8k float32",
+    }
+    for gigabytes, words in cases:
+        memory = types.SimpleNamespace(total_memory=gigabytes * 1e9)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gigabytes=gigabytes: gigabytes > 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, memory=memory: memory)
         pytest.raises(SystemExit, empg.main, words.split())
-    assert found == ["base sums", "Qwen2.5-1.5B gsm8k", "x gsm8k", "base sums", "Qwen2.5-1.5B gsm8k"]
+    assert found == list(cases.values())
 
 
 # ---- eval.py: scores, comparisons, curves
@@ -1033,20 +1140,28 @@ def test_grpo_is_the_formula_of_deepseekmath(clip):
 
 
 def test_studies_replace_what_they_say(tiny, tmp_path, odd_is_right, monkeypatch):
-    """grpo.py and ablations.py train through empg.main with their own pieces: another loss, several updates, no smoothing."""
-    pieces = {name: getattr(empg, name) for name in ("smooth_rewards", "subtract_baseline", "empg_loss", "update")}
+    """grpo.py, ablations.py and prompts_once.py train through empg.main with their own pieces: another loss, for which each
+    trajectory keeps its log-probabilities under θ*; no smoothing; the same trajectories and gradients in other passes."""
+    names = ("smooth_rewards", "subtract_baseline", "micro_batch_loss", "response_states", "micro_batches")
+    pieces = {name: getattr(empg, name) for name in names}
     for name, piece in pieces.items():
         monkeypatch.setattr(empg, name, piece)
-    unmoved = []
-    spy(monkeypatch, "grpo_loss", lambda args, *_: unmoved.append(torch.equal(*args[:2])), grpo)
-    grpo.replace(updates=2)
-    empg.main(options(tiny, tmp_path / "grpo", steps=1, eval_every=0))
-    assert unmoved == [True, False]
+    old = []
+    spy(monkeypatch, "grpo_loss", lambda args, *_: old.append((args[0].detach(), args[1])), grpo)
+    grpo.replace()
+    empg.main(options(tiny, tmp_path / "grpo", steps=1, eval_every=0, updates=2))
+    (first, first_old), (second, second_old) = old
+    assert torch.equal(first, first_old) and torch.equal(first_old, second_old) and not torch.equal(second, second_old)
     vars(empg).update(pieces)
-    ablations.replace("none", "batch", 3, True)
+    ablations.replace("none", "batch", True)
     empg.main(options(tiny, tmp_path / "ablations", steps=1, eval_every=0))
     assert empg.smooth_rewards(torch.tensor([5.0])) == 5 and metrics(tmp_path / "ablations")[0]["reward"] < 0
     assert [ablations.graded(text, "9") for text in ("#7", "9", "?")] == [-2, 0, -36]
+    vars(empg).update(pieces)
+    for name in ("plain", "once"):
+        empg.main(options(tiny, tmp_path / name, steps=3, eval_every=0))
+        prompts_once.replace()
+    same_metrics(metrics(tmp_path / "plain"), metrics(tmp_path / "once"))
 
 
 def test_studies_that_measure(tiny, tmp_path, odd_is_right, capsys):
@@ -1090,11 +1205,3 @@ def test_the_readme_examples(tiny, tmp_path):
     args = options(tiny, tmp_path / "run", task="pairs")
     run([sys.executable, "-c", task.replace("empg.main()", f"empg.main({args})")])
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 1, 2, 2]
-
-
-def test_sizes():
-    """Each file is read in one sitting."""
-    limits = {"empg.py": (750, 42e3), "eval.py": (260, 16e3), "test_empg.py": (1100, 64e3), "README.md": (220, 18e3)}
-    for name, (lines, size) in limits.items():
-        content = (HERE / name).read_bytes()
-        assert content.count(b"\n") <= lines and len(content) <= size

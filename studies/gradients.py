@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ablations import baseline
+from ema_pg import kl_k3
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import empg
@@ -39,15 +41,15 @@ def gradient(model, log_p: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def study(model_name: str, seed: int, batches: int, updates: int, P: int = 32, G: int = 16) -> tuple[dict, list]:
     """One seed's variance for each baseline, and a row [KL(θ* ‖ θ) in nats per response, effective sample size, cosine and
     norm ratio of the gradient without weights to the one with them] after 0, 1, ... updates on one batch."""
-    tokenizer, model = empg.load_model(model_name)
-    model, task = model.float(), empg.TASKS["sums"]
+    tokenizer, model = empg.load_model(model_name, torch.float32)
+    task = empg.TASKS["sums"]
     problems = task.problems(None, "train")
-    empg.add_prompts(problems, task, tokenizer, model)
+    empg.add_prompts(problems, task, tokenizer)
     rng = np.random.default_rng(seed)
 
     def draw(batch: int) -> tuple:
         some = [problems[i] for i in rng.choice(len(problems), P, replace=False)]
-        rows = empg.respond(model, tokenizer, task, some, G, 40, P * G, 1.0, (seed << 32) + batch << 32)
+        rows = empg.sample_trajectories(model, tokenizer, task, some, G, 40, P * G, 1.0, seed * 10**12 + batch * 10**6)
         rewards = empg.smooth_rewards(torch.tensor([row["reward"] for row in rows], dtype=torch.float64)).view(P, G)
         return [problem["prompt"] for problem in some], [row["response"] for row in rows], rewards
 
@@ -56,7 +58,7 @@ def study(model_name: str, seed: int, batches: int, updates: int, P: int = 32, G
         prompts, responses, rewards = draw(batch)
         log_p = empg.log_probs(model, prompts, responses)[0].sum(1)
         for kind in BASELINES:
-            found[kind].append(gradient(model, log_p, empg.subtract_baseline(rewards, kind)))
+            found[kind].append(gradient(model, log_p, baseline(rewards, kind)))
     stacked = {kind: torch.stack(gradients) for kind, gradients in found.items()}
     variance = {kind: (g.var(0).sum() / g.mean(0).square().sum()).item() for kind, g in stacked.items()}
 
@@ -68,7 +70,7 @@ def study(model_name: str, seed: int, batches: int, updates: int, P: int = 32, G
         old = log_p.detach() if old is None else old
         log_w = (log_p - old).detach()
         ours, theirs = gradient(model, log_p, weights), gradient(model, log_p, weights.flatten() * log_w.exp())
-        kl, ess = empg.kl_k3(old, log_p.detach()).mean().item(), effective_sample_size(log_w)
+        kl, ess = kl_k3(old, log_p.detach()).mean().item(), effective_sample_size(log_w)
         cosine = torch.cosine_similarity(ours, theirs, dim=0).item()
         distance.append([kl, ess, cosine, (ours.norm() / theirs.norm()).item()])
         for parameter, g in zip(model.parameters(), ours.split([p.numel() for p in model.parameters()])):

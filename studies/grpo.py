@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """GRPO, the paper's baseline, built on empg.py: it has another advantage and another loss, and nothing else.
 
-    python studies/grpo.py [--updates K] [the options of empg.py]
+    python studies/grpo.py [the options of empg.py]
 
 With --updates K a batch is learned from K times. At the first time θ = θ*: every ratio is 1, and nothing is clipped.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import empg
@@ -24,7 +24,9 @@ def grpo_advantages(rewards: torch.Tensor, epsilon: float = 1e-6) -> torch.Tenso
     >>> grpo_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
     tensor([[ 1.0000, -1.0000, -1.0000,  1.0000]])
     """
-    return empg.subtract_baseline(rewards, "group") / (rewards.std(1, correction=0, keepdim=True) + epsilon)
+    rewards = rewards - rewards[:, :1]  # equal rewards are exactly 0 here, and so is their mean
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred / (rewards.std(dim=1, correction=0, keepdim=True) + epsilon)
 
 
 def grpo_loss(logprobs, old_logprobs, mask, advantages, clip: float = 0.2) -> torch.Tensor:
@@ -34,38 +36,41 @@ def grpo_loss(logprobs, old_logprobs, mask, advantages, clip: float = 0.2) -> to
     a scalar. Where ρ = 1, what is left of the difference to `empg_loss` is the mean over tokens, and the advantage.
     """
     ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0).exp()
-    gain = torch.min(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
-    return -((gain * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+    gain = ratio * advantages[:, None]
+    clipped_gain = ratio.clamp(1 - clip, 1 + clip) * advantages[:, None]
+    per_token = torch.min(gain, clipped_gain) * mask
+    return -(per_token.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
-def replace(updates: int = 1) -> None:
-    """Makes empg.py do GRPO, with so many updates on a batch. A KL term stays empg.py's."""
-    one_update, baseline, passes = empg.update, empg.subtract_baseline, []  # per pass of the first update: log π_θ*
-    place = 0
+def micro_batch_loss(policy, batch, config, reference=None):
+    """As `empg.micro_batch_loss`, with `grpo_loss` in place of `empg_loss`. A KL term stays empg.py's."""
+    prompts = [trajectory["prompt"] for trajectory in batch]
+    responses = [trajectory["response"] for trajectory in batch]
+    scores = empg.log_probs(policy, prompts, responses, config.temperature, reference)
+    logprobs, mask = scores[0], scores[1]
 
-    def update(*args) -> dict:
-        nonlocal place
-        passes.clear()
-        for _ in range(updates):
-            place = 0
-            stats = one_update(*args)
-        return stats
+    # At the first update on a trajectory θ = θ*, so that these are its log-probabilities under θ*. It keeps them for the
+    # updates after that.
+    for trajectory, values, is_token in zip(batch, logprobs.detach(), mask):
+        trajectory.setdefault("old_logprobs", values[is_token])
+    old_logprobs = pad_sequence([trajectory["old_logprobs"] for trajectory in batch], batch_first=True)
+    advantages = torch.tensor([trajectory["weight"] for trajectory in batch], device=logprobs.device)
+    loss = grpo_loss(logprobs, old_logprobs, mask, advantages)
 
-    def loss(logprobs, mask, advantages):
-        nonlocal place
-        if place == len(passes):
-            passes.append(logprobs.detach())
-        place += 1
-        return grpo_loss(logprobs, passes[place - 1], mask, advantages)
+    sums = {"tokens": mask.sum().item(), "logprobs": logprobs.sum().item(), "kl": 0.0}
+    if reference is not None:
+        loss = loss + config.beta * scores[2].sum(dim=1).mean()
+        sums["kl"] = scores[2].sum().item()
+    return loss, sums
 
-    empg.update, empg.empg_loss = update, loss
+
+def replace() -> None:
+    """Makes empg.py do GRPO."""
     empg.smooth_rewards = lambda rewards: rewards
-    empg.subtract_baseline = lambda rewards, kind=None: baseline(rewards, kind) if kind else grpo_advantages(rewards)
+    empg.subtract_baseline = grpo_advantages
+    empg.micro_batch_loss = micro_batch_loss
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--updates", type=int, default=1)
-    chosen, rest = parser.parse_known_args()
-    replace(chosen.updates)
-    empg.main(rest)
+    replace()
+    empg.main()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import grpo
 import numpy as np
+import prompts_once
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,7 +37,7 @@ PARTS = {
 def asdiv(part: str, data: str) -> list[dict]:
     """The problems of ASDiv that one equation solves and that are in a part, always the same and disjoint."""
     problems = {}
-    for row in empg.hub_problems("", None, "question", "answer", data, "validation"):
+    for row in empg.dataset_problems("", None, "question", "answer", data, "validation"):
         equation = re.fullmatch(r"([\d.+\-*/() ]+)=\s*([\d.]+)", row["formula"])
         if equation and equation[2] == row["answer"].split()[0]:
             left = " ".join(re.findall(r"[\d.]+|\S", equation[1]))
@@ -48,7 +49,7 @@ def asdiv(part: str, data: str) -> list[dict]:
 
 def svamp(data: str, split: str) -> list[dict]:
     """The problems of SVAMP: of one step, with a number that distracts."""
-    rows = empg.hub_problems("", None, "Question", "Answer", data, split)
+    rows = empg.dataset_problems("", None, "Question", "Answer", data, split)
     return [{"question": f"{row['Body']} {row['Question']}", "answer": row["Answer"]} for row in rows]
 
 
@@ -63,16 +64,18 @@ empg.TASKS["svamp"] = empg.Task(GRADER, svamp, PROMPT)
 def demonstrate(name: str, data: str, directory: Path, updates: int = 24, batch: int = 16, lr: float = 1e-4) -> None:
     """Stage 1: question → equation; model and tokenizer are saved in `directory`."""
     problems = asdiv("demonstrations", data)
-    (tokenizer, model), config = empg.load_model(name, torch.float32), empg.Config(num_samples=1)
-    empg.add_prompts(problems, empg.TASKS["asdiv"], tokenizer, model)
+    tokenizer, model = empg.load_model(name, torch.float32)
+    device = empg.default_device()
+    config = empg.Config(device=device, dtype=empg.default_dtype(device))
+    empg.add_prompts(problems, empg.TASKS["asdiv"], tokenizer)
     for problem in problems:
         problem["response"] = [*tokenizer(problem["equation"])["input_ids"], tokenizer.eos_token_id]
-    optimizer = torch.optim.AdamW(model.to(config.device).parameters(), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.to(device).parameters(), weight_decay=0.0, fused=True)
     rng = np.random.default_rng(0)
     for i in empg.progress(range(updates), "demonstrating"):
-        rows = [problems[j] for j in rng.choice(len(problems), batch, replace=False)]
+        rows = [{**problems[j], "weight": 1.0} for j in rng.choice(len(problems), batch, replace=False)]
         optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / 5, 2 * (1 - i / updates))
-        empg.update(model, optimizer, rows, torch.ones(batch), config)
+        empg.update(model, optimizer, rows, config)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)  # the last of it
 
@@ -94,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             demonstrate(given.model, given.data, start)
     except ValueError as error:
         empg.fail(error)
+    prompts_once.replace()
     if given.grpo:
         grpo.replace()
     empg.main([*OPTIONS, f"--model={start}", f"--data={given.data}", f"--seed={given.seed}", f"--output={run}", *rest])

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""EMA Policy Gradient (arXiv 2602.04417) on empg.py: estimators of the KL, and a reference that follows the policy.
+
+    python studies/ema_pg.py --beta 0.1 --kl k3                                      Schulman's k3, sampled
+    python studies/ema_pg.py --beta 0.1 --kl topk --k 32 --ema-decay 0.9             exact over the 32 likeliest tokens
+    python studies/ema_pg.py --beta 0.1 --ema-decay 0.9 [the options of empg.py]     exact, as in empg.py
+
+With --ema-decay below 1 the reference is an exponential moving average of the policy: every --ema-every iterations,
+θ_ref ← decay · θ_ref + (1 - decay) · θ.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import empg
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """KL(π_θ ‖ π_ref) estimated at each sampled token: r - 1 - log r with r = π_ref / π_θ ("k3", Schulman 2020).
+
+    (N, T) log-probabilities → (N, T) in nats, never negative, on average over tokens of π_θ the KL. As a loss it has the
+    gradient of KL(π_ref ‖ π_θ): it pulls to the same point, with another strength.
+
+    >>> kl_k3(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]))
+    tensor([[0.1065]])
+    """
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def kl_topk(logits: Tensor, ref_logits: Tensor, tokens: Tensor, k: int) -> Tensor:
+    """KL(π_θ ‖ π_ref) at each position: exact over the k likeliest tokens S, sampled over the rest.
+
+        Σ_{v∈S} π(v) log(π(v)/ref(v)) + [x ∉ S] ρ log(π(x)/ref(x)),   ρ = π(x) / stopgrad(π(x)) = 1
+
+    (..., V) logits, (...) tokens x sampled from π_θ, k from 0 to V → (...) in nats. On average over x both value and
+    gradient are exact at every k: the last logarithm's gradient is that of Σ_{v∉S} π(v).
+
+    >>> kl_topk(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([0]), k=2)
+    tensor([0.1109])
+    """
+    log_pi = logits.log_softmax(dim=-1)
+    log_ratio = log_pi - ref_logits.log_softmax(dim=-1)
+    likeliest = log_pi.detach().topk(k, dim=-1).indices
+    exact = (log_pi.gather(-1, likeliest).exp() * log_ratio.gather(-1, likeliest)).sum(dim=-1)
+
+    log_pi_x = log_pi.gather(-1, tokens[..., None]).squeeze(-1)
+    log_ratio_x = log_ratio.gather(-1, tokens[..., None]).squeeze(-1)
+    rho = (log_pi_x - log_pi_x.detach()).exp()
+    is_likely = (likeliest == tokens[..., None]).any(dim=-1)
+    return exact + (rho * log_ratio_x).masked_fill(is_likely, 0)
+
+
+def log_probs(model, prompts, responses, temperature=1.0, reference=None, *, kl: str, k: int):
+    """As `empg.log_probs`, with the KL by `kl_k3` or `kl_topk`."""
+    hidden, tokens, mask = empg.response_states(model, prompts, responses)
+    hidden = hidden / temperature
+    weight = empg.unwrap(model).get_output_embeddings().weight
+    values = empg.token_logprobs(hidden, weight, tokens)
+    place = partial(torch.masked_scatter, torch.zeros(mask.shape, device=values.device), mask)
+    if reference is None:
+        return place(values), mask
+
+    with torch.no_grad():
+        ref_hidden, _, _ = empg.response_states(reference, prompts, responses)
+        ref_hidden = ref_hidden / temperature
+    ref_weight = reference.get_output_embeddings().weight
+    if kl == "k3":
+        return place(values), mask, place(kl_k3(values, empg.token_logprobs(ref_hidden, ref_weight, tokens)))
+
+    def chunk_kls(states, ref_states, chunk_tokens):
+        logits = states.float() @ weight.float().T
+        ref_logits = ref_states.float() @ ref_weight.float().T
+        return kl_topk(logits, ref_logits, chunk_tokens, min(k, len(weight)))
+
+    chunks = zip(*(x.split(empg.LOGIT_ROWS // 4) for x in (hidden, ref_hidden, tokens)))
+    kls = torch.cat([checkpoint(chunk_kls, *chunk, use_reentrant=False) for chunk in chunks])
+    return place(values), mask, place(kls)
+
+
+def moving_update(update, decay: float, every: int, policy, optimizer, trajectories, config, reference=None) -> dict:
+    """As `empg.update`; and after every `every` iterations the reference moves towards the policy."""
+    statistics = update(policy, optimizer, trajectories, config, reference)
+    # AdamW counts the updates, and a checkpoint keeps the number.
+    updates = int(next(iter(optimizer.state.values()))["step"])
+    if reference is not None and updates % (every * config.updates) == 0:
+        with torch.no_grad():
+            for new, old in zip(policy.parameters(), reference.parameters(), strict=True):
+                old.lerp_(new, 1 - decay)
+    return statistics
+
+
+def replace(kl: str = "exact", k: int = 32, decay: float = 1.0, every: int = 10) -> None:
+    """Puts the pieces in place of empg.py's own."""
+    if kl != "exact":
+        empg.log_probs = partial(log_probs, kl=kl, k=k)
+    if decay < 1:
+        empg.update = partial(moving_update, empg.update, decay, every)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--kl", choices=("exact", "topk", "k3"), default="exact")
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--ema-decay", type=float, default=1.0)
+    parser.add_argument("--ema-every", type=int, default=10)
+    chosen, rest = parser.parse_known_args()
+    replace(chosen.kl, chosen.k, chosen.ema_decay, chosen.ema_every)
+    empg.main(rest)
