@@ -41,7 +41,7 @@ Run it on a laptop, where a tiny model learns to add step by step within a minut
 
     python empg.py
 
-or on four GPUs, where Qwen2.5-1.5B learns GSM8K:
+or on four GPUs of 80 GB, where Qwen2.5-1.5B learns GSM8K:
 
     torchrun --nproc-per-node 4 empg.py
 """
@@ -138,7 +138,9 @@ class Config:
     eval_problems: int = option(256, "Number of held-out problems in an evaluation.")
     save_every: int = option(20, "Number of iterations between two checkpoints. 0 for one at the end only.")
     resume: bool = option(False, "Go on from the checkpoint in --output, or begin there if it has none.")
-    sample_batch: int = option(512, "Number of responses that a process samples at a time. Fewer take less memory.")
+    sample_batch: int = option(
+        512, "Number of responses that a process samples at a time, at least --num-samples. Fewer take less memory."
+    )
     micro_batch_tokens: int = option(
         4096, "Number of tokens that a process learns from at a time. Fewer take less memory."
     )
@@ -219,9 +221,9 @@ def subtract_baseline(rewards: Tensor) -> Tensor:
 
         E[b ∇log P_θ(τ)] = b Σ_τ P_θ(τ) ∇log P_θ(τ) = b Σ_τ ∇P_θ(τ) = b ∇1 = 0.
 
-    (Smoothed rewards depend on each other a little, through μ and σ. In a large batch that is negligible.) But the
-    baseline removes what all samples of a prompt share, because the prompt is easy or hard, and with it much of the
-    variance. It also gives wrong answers a negative weight.
+    What it does change is the variance: it removes what all samples of a prompt share because the prompt is easy or
+    hard. It also gives wrong answers a negative weight. (Smoothed rewards depend on each other a little, through μ and
+    σ. In a large batch that is negligible.)
 
     Takes: rewards, (P, G): prompts × samples of each, with G of 2 or more.
     Returns: (P, G) weights, exactly 0 for a prompt whose rewards are all equal.
@@ -303,6 +305,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     # Rounding lets the cumulative distribution end a little off 1, so scale u to where it does end.
     total = cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).squeeze(-1)
+    # If u times the total is rounded up to the total, no token exceeds it.
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
@@ -402,7 +405,8 @@ def response_states(model, prompts, responses):
 
     # Put each response behind its prompt, and pad on the right. Causal attention never looks to the right, so the
     # padding changes nothing, and the model needs neither a mask nor positions. Without a mask, attention can use the
-    # fastest kernel of a GPU. The model's logits are not used, so let it compute as few as possible.
+    # fastest kernel of a GPU. We need only the hidden states, but DDP and FSDP hook into the forward pass of the whole
+    # model. So call that, and let it compute as few logits as possible.
     device = unwrap(model).device
     rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
     ids = pad_sequence(rows, batch_first=True).to(device)  # (N, columns)
@@ -437,13 +441,15 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, tokens: Tensor) -> Ten
     Takes: hidden, (n, H); output_weight, the output embeddings W, (V, H); tokens, (n,).
     Returns: (n,) float32, in nats.
     """
-    # Autocast does not look into this function. So do as it would: compute in bfloat16 in a bfloat16 run.
+    # Autocast does not look into torch's function. So do as it would, and compute in bfloat16 in a bfloat16 run.
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        output_weight = output_weight.to(hidden.dtype)
+    # A fixed number of rows is not the default: by itself, the function would choose one by the shapes.
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOGIT_ROWS, chunking_method=None)
     logprobs = -F.linear_cross_entropy(hidden, output_weight, tokens, reduction="none", options=options)
     # Inside, the logits are float32. But in a bfloat16 run the result is rounded to bfloat16: a log-probability of -10
-    # to the next 0.06. The gradient does not see that rounding, and in a mean, as the entropy is, it averages out. A
+    # to the nearest 0.06. The gradient does not see that rounding, and in a mean, as the entropy is, it averages out. A
     # ratio of two probabilities, which EMPG has no use for, would be a few percent off.
     return logprobs.float()
 
@@ -489,9 +495,9 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None):
         """(n,) values of the response tokens → (N, T), with 0 on padding."""
         return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
 
-    # Dividing the hidden states by the temperature divides the logits by it. (FSDP leaves the output embeddings whole
-    # after a forward pass, since they belong to the outermost module.)
+    # Dividing the hidden states by the temperature divides the logits by it.
     hidden = hidden / temperature
+    # This weight is whole, with FSDP, too: it belongs to the outermost module, which stays whole after a forward pass.
     output_weight = unwrap(model).get_output_embeddings().weight
     logprobs = place(token_logprobs(hidden, output_weight, tokens))
     if reference is None:
@@ -565,13 +571,16 @@ def micro_batch_loss(policy, batch, config, reference=None):
 def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     """M-step, line 12: one step of θ along the policy gradient of Eq. 12, minus β times the gradient of the KL.
 
+    The KL is taken at each sampled token. That θ also changes which tokens are sampled is left out of its gradient, as
+    is usual.
+
     Takes: trajectories, those of all processes as `sample_trajectories` returns them, each with its "weight" R̃ - b.
         The processes share the work.
     Returns: a dict with loss;
         grad_norm, the gradient's norm before it is limited;
         skipped_updates, 1 if the gradient was not finite, so that θ was left as it is, else 0;
-        entropy, the mean of -log π_θ over the tokens that were computed, in nats;
-        kl, the mean of the KL over these tokens, in nats.
+        entropy, the mean of -log π_θ over the tokens that were computed, in nats (nan if there were none);
+        kl, the mean of the KL over these tokens, in nats (nan without a reference).
     """
     # 1) A trajectory of weight 0 has no gradient, unless the KL gives it one. Leave it out.
     kept = [trajectory for trajectory in trajectories if trajectory["weight"] != 0 or reference is not None]
@@ -603,7 +612,8 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
             for name, value in sums.items():
                 totals[name] += value
     if config.shard and reference is not None:
-        # FSDP splits the outermost module again in the backward pass. The reference has none, so split it here.
+        # FSDP splits the outermost module again in the backward pass. The reference has no backward pass, so split it
+        # here.
         reference.reshard()
 
     # 3) Step along the gradient, unless it is not finite: that would destroy the model.
@@ -619,7 +629,7 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     # 4) Add up what the processes have counted. (`gather` returns the list of all processes' values.)
     counted = gather([totals])
     totals = {name: sum(each[name] for each in counted) for name in totals}
-    tokens = max(1, totals["tokens"])
+    tokens = totals["tokens"] or math.nan
     return {
         "loss": totals["loss"],
         "grad_norm": norm.item(),
@@ -699,7 +709,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
             max_new_tokens=config.max_new_tokens,
             sample_batch=sample_batch,
             temperature=config.temperature,
-            # `sample_trajectories` adds the prompt's number. So no two prompts, iterations or runs share a seed.
+            # `sample_trajectories` adds the prompt's number: no two prompts, iterations or values of --seed share one.
             seed=config.seed * 10**12 + step * 10**6,
         )
         sample_seconds = time.perf_counter() - start
@@ -711,10 +721,11 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         for trajectory, weight in zip(trajectories, weights.flatten().tolist()):
             trajectory["weight"] = weight
 
-        # Lines 11 and 12, the M-step. At the first update θ = θ*, so the samples come from the policy itself. They are
-        # *on-policy*, and the gradient is the policy gradient (Eq. 4), with nothing to correct. At a second update
-        # (--updates) θ has moved away from θ*, and the samples are *off-policy*. PPO and GRPO would now multiply each
-        # term by π_θ/π_θ*, and clip it. Eq. 12 does not, and so is right only as long as θ stays near θ*.
+        # Lines 11 and 12, the M-step. At the first update θ = θ* (on a GPU, up to the rounding of θ* to bfloat16). So the
+        # samples come from the policy itself: they are *on-policy*, and the gradient is the policy gradient (Eq. 4), with
+        # nothing to correct. At a second update (--updates) θ has moved away from θ*, and the samples are *off-policy*.
+        # PPO and GRPO would now multiply each term by π_θ/π_θ*, and clip it. Eq. 12 does not, and so is right only as
+        # long as θ stays near θ*.
         # The learning rate rises during the first iterations, in which Adam's averages form.
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)
         all_statistics = [update(policy, optimizer, trajectories, config, reference) for _ in range(config.updates)]
@@ -747,7 +758,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         if is_last or (config.save_every and step % config.save_every == 0):
             save_checkpoint(output, step, metrics, policy, optimizer, reference)
 
-    # `main` saves the trained model from here, where it is whole.
+    # `main` saves the trained model from `old_policy`, which is whole in every process.
     copy_weights(policy, old_policy)
 
 
@@ -762,8 +773,8 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
 class Task:
     """Something to learn. Put your own into TASKS."""
 
-    # A function of a response and the problem's answer, both text, that returns the reward: 1.0 if the response is
-    # right, else 0.0. It must not raise, whatever the response is.
+    # A function of a response and the problem's answer, both text, that returns the reward: a finite number, in the
+    # tasks here 1.0 if the response is right, else 0.0. It must not raise, whatever the response is.
     reward: Callable
     # A function of --data (or None) and the split, "train" or "test", that returns the problems: a list of dicts with
     # "question" and "answer", both text.
@@ -808,7 +819,8 @@ NUMBER = re.compile(
 def final_answer(text: str) -> str | None:
     r"""The final answer of a response, or None.
 
-    It is the contents of the last \boxed{}, else the number after the last "####" or "answer is", else the last number.
+    It is the contents of the last \boxed{}. Without a box, it is the first number after the last "####" or "answer is".
+    Without these words, it is the last number. What stands before an "=" does not count.
 
     >>> final_answer(r"So it is \boxed{18}, not 17.")
     '18'
@@ -872,6 +884,7 @@ def is_right(given: str | None, answer: str) -> float:
     try:
         gold_formula = parse(f"\\boxed{{{gold}}}", **options)
         given_formula = parse(f"\\boxed{{{given}}}", **options)
+        # The option compares sets with equations, too: the answer "0,1" with "x = 0 or x = 1".
         return float(verify(gold_formula, given_formula, allow_set_relation_comp=True, timeout_seconds=seconds))
     except Exception:  # noqa: BLE001 - what cannot be read is not right
         return 0.0
@@ -1009,7 +1022,7 @@ def sample_trajectories(
 
 
 def start_processes(device) -> None:
-    """Makes a process group of the processes that torchrun has started. (FSDP and checkpoints need one even of one.)"""
+    """Makes a process group of the processes that torchrun has started. FSDP needs it even for one process."""
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         # On newer GPUs, attention with a mask, as in `sample`, would take cuDNN's kernel. That one takes half a second
@@ -1046,7 +1059,7 @@ def distribute(model, config):
     share of every parameter, of its gradient and of Adam's averages, and a layer is put together just before it
     computes. A frozen model needs no DDP.
     """
-    # transformers lists the names of the classes of a model's layers here.
+    # `_no_split_modules` lists the class names of the model's layers.
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if config.gradient_checkpointing:
         # transformers has a switch for this, too, but it works in training mode only, in which dropout is on.
@@ -1154,9 +1167,9 @@ def default_dtype(device: str) -> str:
 
 
 def default_recipe(model, task, device) -> dict:
-    """The defaults that depend on a command's own model, task and device.
+    """The defaults that depend on the model, the task and the device that a command names.
 
-    If it names no model, the defaults are one that the machine can train, and what that model can learn.
+    Without a model, this picks one that the machine can train, and a task that this model can learn.
     """
     if model is not None:
         return {"task": "gsm8k"}
