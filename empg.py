@@ -3,7 +3,8 @@
 
 The *policy* is a language model with parameters θ. A *trajectory* τ is a prompt with a sampled response: a
 rationale and a final answer. P_θ(τ) is the probability that the policy gives this response to this prompt. The
-*reward* R(τ) is 1 if the final answer is right, else 0.
+*reward* R(τ) is 1 if the final answer is right, else 0. (Below, Σ_τ is over the responses to one prompt. With many
+prompts, take the average over them.)
 
 We want a policy with a high expected reward, J(θ) = E[R(τ)] = Σ_τ P_θ(τ) R(τ). Since ∇P = P ∇log P, its gradient is
 
@@ -37,11 +38,11 @@ clip it. PPO also trains a second network to predict rewards. EMPG does neither.
     12      update θ along the policy gradient on D (Eq. 12)      smooth_rewards, subtract_baseline, update
     13  end of the iterations
 
-Run it on a laptop, where a tiny model learns to add step by step within a minute:
+On a laptop, this trains a tiny model to add step by step, in about a minute:
 
     python empg.py
 
-or on four GPUs of 80 GB, where Qwen2.5-1.5B learns GSM8K:
+On four GPUs of 80 GB, this trains Qwen2.5-1.5B on GSM8K:
 
     torchrun --nproc-per-node 4 empg.py
 """
@@ -109,7 +110,7 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """The options of a run. The defaults suit a pretrained model; `parse_options` fills in those that are None."""
+    """The options of a run, with defaults for a pretrained model. (`parse_options` fills in those that are None.)"""
 
     model: str | None = option(
         None, "Name of a model on the Hugging Face hub, or a directory. Default: one that fits this machine."
@@ -129,7 +130,7 @@ class Config:
     updates: int = option(
         1, "Number of updates on each iteration's batch. From the second on, the samples are an older policy's."
     )
-    lr: float = option(1e-6, "Learning rate of AdamW, reached after five iterations.")
+    lr: float = option(1e-6, "Learning rate of AdamW, reached at the fifth iteration.")
     max_grad_norm: float = option(1.0, "A gradient with a larger norm than this is scaled down to it.")
     beta: float = option(
         0.0, "Weight of the KL divergence to the base model, which holds the policy back. 0 leaves it out."
@@ -139,7 +140,8 @@ class Config:
     save_every: int = option(20, "Number of iterations between two checkpoints. 0 for one at the end only.")
     resume: bool = option(False, "Go on from the checkpoint in --output, or begin there if it has none.")
     sample_batch: int = option(
-        512, "Number of responses that a process samples at a time, at least --num-samples. Fewer take less memory."
+        512,
+        "Number of responses that a process samples at a time, never fewer than --num-samples. Fewer take less memory.",
     )
     micro_batch_tokens: int = option(
         4096, "Number of tokens that a process learns from at a time. Fewer take less memory."
@@ -184,9 +186,8 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
 
     μ and σ are the mean and the standard deviation of the rewards of the whole batch, over all processes.
 
-    Rewards of 0 and 1 become two other numbers, so that R̃ - b is R - b times a constant: smoothing then only
-    scales the gradient. It changes the gradient's direction where rewards are graded, and keeps an outlier among
-    them from outweighing all others.
+    It is made for rewards such as scores, of which one extreme value could outweigh all others. Rewards of 0 and 1 just
+    become two other numbers. Then the advantages, and with them the gradient, are the same up to a constant factor.
 
     Takes: rewards, (N,), finite numbers.
     Returns: (N,), strictly between 0 and 1; all 0.5 if the rewards are equal.
@@ -445,12 +446,12 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, tokens: Tensor) -> Ten
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         output_weight = output_weight.to(hidden.dtype)
-    # A fixed number of rows is not the default: by itself, the function would choose one by the shapes.
+    # Fix the number of rows, so that memory is bounded. (chunking_method=None switches off the function's own choice.)
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOGIT_ROWS, chunking_method=None)
     logprobs = -F.linear_cross_entropy(hidden, output_weight, tokens, reduction="none", options=options)
     # Inside, the logits are float32. But in a bfloat16 run the result is rounded to bfloat16: a log-probability of -10
-    # to the nearest 0.06. The gradient does not see that rounding, and in a mean, as the entropy is, it averages out. A
-    # ratio of two probabilities, which EMPG has no use for, would be a few percent off.
+    # to the nearest 0.06. The gradient does not see that rounding, and in the mean over tokens that `update` reports as
+    # the entropy, it averages out. A ratio of two probabilities, which EMPG has no use for, would be a few percent off.
     return logprobs.float()
 
 
@@ -522,8 +523,54 @@ def copy_weights(source, target) -> None:
 
 
 # ------------------------------------------------------------------------------------------
-# The method: one update of the policy, and Algorithm 1
+# The method: the E-step, the M-step, and Algorithm 1
 # ------------------------------------------------------------------------------------------
+
+
+def sample_trajectories(
+    model, tokenizer, task, problems, num_samples, max_new_tokens, sample_batch, temperature=0.0, seed=0
+):
+    """E-step, lines 6 to 9: samples G responses to each of P problems, which the processes share, and rewards them.
+
+    Takes: problems, dicts with question, answer and prompt (token ids);
+        sample_batch, the number of responses that a process samples at a time;
+        seed, to which the number of the problem is added.
+    Returns: in every process, all P·G trajectories, those of the first problem first. Each is a dict with
+        prompt and response, token ids;
+        text, the response as text;
+        reward;
+        cut, whether the token limit cut the response off.
+    """
+    stops = stop_tokens(tokenizer, model)
+    my_first = RANK * len(problems) // WORLD_SIZE
+    my_end = (RANK + 1) * len(problems) // WORLD_SIZE
+    problems_at_a_time = max(1, sample_batch // num_samples)
+    trajectories = []
+    for start in range(my_first, my_end, problems_at_a_time):
+        numbers = range(start, min(start + problems_at_a_time, my_end))
+        responses = sample(
+            model,
+            [problems[i]["prompt"] for i in numbers],
+            num_samples,
+            max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            temperature=temperature,
+            seeds=[seed + i for i in numbers],
+        )
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        for place, (response, text) in enumerate(zip(responses, texts)):
+            problem = problems[numbers[place // num_samples]]
+            trajectory = {
+                "prompt": problem["prompt"],
+                "response": response,
+                "text": text,
+                "reward": task.reward(text, problem["answer"]),
+                "cut": response[-1] not in stops,
+            }
+            trajectories.append(trajectory)
+    # `gather` joins the lists of all processes.
+    return gather(trajectories)
 
 
 def micro_batches(trajectories: list[dict], max_tokens: int) -> list[list[dict]]:
@@ -571,11 +618,11 @@ def micro_batch_loss(policy, batch, config, reference=None):
 def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     """M-step, line 12: one step of θ along the policy gradient of Eq. 12, minus β times the gradient of the KL.
 
-    The KL is taken at each sampled token. That θ also changes which tokens are sampled is left out of its gradient, as
-    is usual.
+    The KL is that of the next-token distributions at each place in the sampled responses. Its gradient takes the
+    responses as given: that θ also changes which ones are sampled is left out, as is common.
 
-    Takes: trajectories, those of all processes as `sample_trajectories` returns them, each with its "weight" R̃ - b.
-        The processes share the work.
+    Takes: trajectories, the dicts of `sample_trajectories`, each with its "weight" R̃ - b. They are those of all
+        processes, which share the work.
     Returns: a dict with loss;
         grad_norm, the gradient's norm before it is limited;
         skipped_updates, 1 if the gradient was not finite, so that θ was left as it is, else 0;
@@ -616,17 +663,19 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
         # here.
         reference.reshard()
 
-    # 3) Step along the gradient, unless it is not finite: that would destroy the model.
+    # 3) Step along the gradient. Do not if it is not finite, which would destroy the model. Nor if no trajectory has a
+    #    weight: Adam would still step along its average of past gradients.
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     is_finite = bool(norm.isfinite())
-    if is_finite:
+    if is_finite and batches:
         optimizer.step()
-    # This frees the gradients' memory for sampling. (DDP keeps its buffers, in which the gradients are.)
-    optimizer.zero_grad()
+    # Free the gradients' memory for sampling. With DDP the gradients are views of its buffers (see `distribute`), which
+    # stay in memory. There, only zero them: new gradients would be held beside the buffers.
+    optimizer.zero_grad(set_to_none=not isinstance(policy, DistributedDataParallel))
 
-    # 4) Add up what the processes have counted. (`gather` returns the list of all processes' values.)
+    # 4) Add up what the processes have counted.
     counted = gather([totals])
     totals = {name: sum(each[name] for each in counted) for name in totals}
     tokens = totals["tokens"] or math.nan
@@ -644,11 +693,11 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
 
     Why is there a second model? θ does not change while it is sampled from, so it could be sampled from itself. But θ*
     is faster to sample from. It is whole in every process, where θ may be split over the GPUs. On a GPU it is in
-    bfloat16, where θ has to be float32, since bfloat16 would round updates of 1e-6 away. And with several updates on a
-    batch (--updates), it is the policy that the batch came from.
+    bfloat16, whereas θ has to be float32, since bfloat16 would round updates of 1e-6 away. And with several updates on
+    a batch (--updates), it is the policy that the batch came from.
 
     Takes: policy, θ, which learns (inside DDP or FSDP if there are several processes);
-        old_policy, θ*, its frozen copy, which in the end is θ;
+        old_policy, θ*, its frozen copy (on return, it equals the trained θ);
         reference, the frozen base model for the KL, or None;
         problems and held_out, dicts with question, answer and prompt (token ids), to train on and to evaluate on;
         output, the directory of the run.
@@ -664,10 +713,10 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         last_step, metrics = load_checkpoint(output, policy, optimizer, reference)
 
     # An evaluation samples no more responses at a time than training does, so that it needs no more memory.
-    sample_batch = min(config.sample_batch, P * G // WORLD_SIZE)
+    sample_batch = min(config.sample_batch, math.ceil(P / WORLD_SIZE) * G)
 
     def evaluate(step):
-        """Records the share of held-out problems that θ answers rightly, taking the likeliest token each time."""
+        """Records the share of held-out problems that θ answers correctly, taking the likeliest token each time."""
         copy_weights(policy, old_policy)
         answers = sample_trajectories(
             old_policy,
@@ -716,17 +765,17 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
 
         # Smooth the rewards and subtract the baseline. Every process has the trajectories of all, so that these are
         # the statistics of the whole batch.
-        rewards = torch.tensor([trajectory["reward"] for trajectory in trajectories])  # (P·G,)
+        rewards = torch.tensor([float(trajectory["reward"]) for trajectory in trajectories])  # (P·G,)
         weights = subtract_baseline(smooth_rewards(rewards).view(P, G))  # (P, G)
         for trajectory, weight in zip(trajectories, weights.flatten().tolist()):
             trajectory["weight"] = weight
 
-        # Lines 11 and 12, the M-step. At the first update θ = θ* (on a GPU, up to the rounding of θ* to bfloat16). So the
-        # samples come from the policy itself: they are *on-policy*, and the gradient is the policy gradient (Eq. 4), with
-        # nothing to correct. At a second update (--updates) θ has moved away from θ*, and the samples are *off-policy*.
-        # PPO and GRPO would now multiply each term by π_θ/π_θ*, and clip it. Eq. 12 does not, and so is right only as
-        # long as θ stays near θ*.
-        # The learning rate rises during the first iterations, in which Adam's averages form.
+        # Lines 11 and 12, the M-step. At the first update θ = θ* (on a GPU, up to the rounding of θ* to bfloat16). So
+        # the samples come from the policy itself: they are *on-policy*, and the gradient is the policy gradient (Eq.
+        # 4), with nothing to correct. At a second update (--updates) θ has moved away from θ*, and the samples are
+        # *off-policy*. PPO and GRPO would now multiply each term by π_θ/π_θ*, and clip it. Eq. 12 does not, and so is
+        # right only as long as θ stays near θ*. The learning rate rises during the first iterations, in which Adam's
+        # averages form.
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)
         all_statistics = [update(policy, optimizer, trajectories, config, reference) for _ in range(config.updates)]
 
@@ -737,12 +786,12 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
             "step": step,
             "reward": rewards.mean().item(),
             "response_tokens": tokens / len(trajectories),
-            # Of several updates, the last one's statistics
+            # With several updates, these are the last one's statistics.
             **all_statistics[-1],
             "skipped_updates": sum(statistics["skipped_updates"] for statistics in all_statistics),
-            # The share of prompts whose responses all got the same reward: nothing is learned from them
+            # The share of prompts whose responses all got the same reward. Nothing is learned from them.
             "no_signal": (weights == 0).all(dim=1).double().mean().item(),
-            # The share of responses that the token limit cut off
+            # The share of responses that the token limit cut off.
             "cut": np.mean([trajectory["cut"] for trajectory in trajectories]),
             "sample_seconds": sample_seconds,
             "update_seconds": seconds - sample_seconds,
@@ -852,7 +901,8 @@ def is_right(given: str | None, answer: str) -> float:
 
     The answer is a formula, or a solution as in datasets, with the formula in its last \boxed{} or behind a "####".
 
-    A list of candidates, such as "3 or 4", equals none of them. Otherwise a model would learn to list guesses.
+    A list is compared as a whole, by math_verify. So "3 or 4" equals the answer "3, 4", but neither 3 nor 4: otherwise
+    a model would learn to list guesses.
 
     >>> [is_right(given, "#### 18") for given in ("18.00", r"\$18", r"\frac{36}{2}", "17, 18", None)]
     [1.0, 1.0, 1.0, 0.0, 0.0]
@@ -873,7 +923,7 @@ def is_right(given: str | None, answer: str) -> float:
     if given == gold:
         return 1.0
 
-    # A formula such as 9^{9^{9}} would take for ever. math_verify's time limit uses a signal, which works in the main
+    # A formula such as 9^{9^{9}} would take forever. math_verify's time limit uses a signal, which works in the main
     # thread only. In a program that grades in other threads, 0 switches the limit off.
     seconds = 2 if threading.current_thread() is threading.main_thread() else 0
     options = {
@@ -941,19 +991,27 @@ TASKS = {
 
 def add_prompts(problems, task, tokenizer) -> None:
     """Gives each problem its "prompt", token ids, as the task and the model's chat template want it."""
-    is_chat_model = tokenizer.chat_template is not None
+    # Base models of Qwen2.5, too, have a chat template, and are asked by it.
+    has_template = tokenizer.chat_template is not None
     for problem in problems:
         text = task.prompt.replace("{question}", problem["question"])
-        if is_chat_model:
+        if has_template:
             turns = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         # A chat template has already written the special tokens.
-        problem["prompt"] = tokenizer(text, add_special_tokens=not is_chat_model)["input_ids"]
+        problem["prompt"] = tokenizer(text, add_special_tokens=not has_template)["input_ids"]
 
 
-def room_for_responses(problems, model) -> int:
-    """How many tokens the model can read after the longest prompt."""
-    return model.config.max_position_embeddings - max(len(problem["prompt"]) for problem in problems)
+def room_for_responses(problems, model) -> float:
+    """How many tokens the model can read after the longest prompt; infinitely many if it has no limit."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Once a text is longer than `original_max_position_embeddings`, such a model changes the rotations of all
+        # positions. But the sampler's cache already holds the first ones. So stay below.
+        limit = rope["original_max_position_embeddings"]
+    return limit - max(len(problem["prompt"]) for problem in problems)
 
 
 def stop_tokens(tokenizer, model) -> list[int]:
@@ -973,49 +1031,6 @@ def stop_tokens(tokenizer, model) -> list[int]:
     return sorted(stops)
 
 
-def sample_trajectories(
-    model, tokenizer, task, problems, num_samples, max_new_tokens, sample_batch, temperature=0.0, seed=0
-):
-    """E-step, lines 6 to 9: samples responses to P problems and rewards them. The processes share the problems.
-
-    Takes: sample_batch, the number of responses that a process samples at a time; seed: problem i has `seed` + i.
-    Returns: in every process, all P·G trajectories, those of the first problem first. Each is a dict with
-        prompt and response, token ids;
-        text, the response as text;
-        reward;
-        cut, whether the token limit cut the response off.
-    """
-    stops = stop_tokens(tokenizer, model)
-    my_first = RANK * len(problems) // WORLD_SIZE
-    my_end = (RANK + 1) * len(problems) // WORLD_SIZE
-    problems_at_a_time = max(1, sample_batch // num_samples)
-    trajectories = []
-    for start in range(my_first, my_end, problems_at_a_time):
-        numbers = range(start, min(start + problems_at_a_time, my_end))
-        responses = sample(
-            model,
-            [problems[i]["prompt"] for i in numbers],
-            num_samples,
-            max_new_tokens,
-            eos_token_id=stops,
-            pad_token_id=stops[0],
-            temperature=temperature,
-            seeds=[seed + i for i in numbers],
-        )
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        for place, (response, text) in enumerate(zip(responses, texts)):
-            problem = problems[numbers[place // num_samples]]
-            trajectory = {
-                "prompt": problem["prompt"],
-                "response": response,
-                "text": text,
-                "reward": task.reward(text, problem["answer"]),
-                "cut": response[-1] not in stops,
-            }
-            trajectories.append(trajectory)
-    return gather(trajectories)
-
-
 # ------------------------------------------------------------------------------------------
 # Processes: data parallel with DDP, or sharded with FSDP
 # ------------------------------------------------------------------------------------------
@@ -1025,9 +1040,9 @@ def start_processes(device) -> None:
     """Makes a process group of the processes that torchrun has started. FSDP needs it even for one process."""
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-        # On newer GPUs, attention with a mask, as in `sample`, would take cuDNN's kernel. That one takes half a second
-        # to prepare for each new length, and the sampler has a new length at every token. (It has also given gradients
-        # that are nan.)
+        # On newer GPUs, attention with a mask, as in `sample`, would take cuDNN's kernel. Others report that it takes
+        # half a second to prepare for each new length (FunASR issue 3704), and the sampler has a new length at every
+        # token. It has also given gradients that are nan (PyTorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     if dist.is_initialized():
         return
@@ -1037,8 +1052,8 @@ def start_processes(device) -> None:
     # The processes find each other in this store. When torchrun restarts them after a crash, it still has what the dead
     # ones wrote. The number of the restart, put before each key, keeps the new ones from reading that.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-    # Gradients travel between GPUs by NCCL, everything else by gloo. The processes wait for each other for up to an
-    # hour, in case one of them is slow to download the model.
+    # On GPUs, gradients travel by NCCL (with FSDP, weights as well), and everything else by gloo. The processes wait
+    # for each other for up to an hour, in case one of them is slow to download the model.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timedelta(hours=1))
 
@@ -1141,7 +1156,11 @@ def load_checkpoint(output, policy, optimizer, reference):
     if not checkpoints:
         return 0, []
     state = {"step": 0, "metrics": "", **state_of(policy, optimizer, reference)}
-    dcp.load(state, checkpoint_id=checkpoints[-1])
+    newest = checkpoints[-1]
+    try:
+        dcp.load(state, checkpoint_id=newest)
+    except (Exception, dcp.api.CheckpointException) as error:  # noqa: BLE001 - many things can be wrong with files
+        fail(f"--output {output}: {newest.name} is damaged; remove it to begin again ({type(error).__name__})")
     say(f"Resuming after iteration {state['step']}")
     return state["step"], json.loads(state["metrics"])
 
@@ -1174,11 +1193,11 @@ def default_recipe(model, task, device) -> dict:
     if model is not None:
         return {"task": "gsm8k"}
     gigabytes = 0.0
-    if device == "cuda":
-        gigabytes = torch.cuda.get_device_properties(LOCAL_RANK).total_memory / 1e9
-    if task == "sums" or (task is None and gigabytes < 24):
+    if device == "cuda" and torch.cuda.is_available():
+        gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if task == "sums" or (task is None and gigabytes < 22):
         return LAPTOP
-    # With the other defaults, 1.5B parameters take about 50 GB, and 0.5B take 20 GB. README has the arithmetic.
+    # With the other defaults, 1.5B parameters take about 50 GB, and 0.5B about 20 GB. README has the arithmetic.
     if gigabytes > 60:
         return {"task": "gsm8k", "model": "Qwen/Qwen2.5-1.5B"}
     return {"task": "gsm8k", "model": "Qwen/Qwen2.5-0.5B"}
@@ -1195,6 +1214,8 @@ def parse_options(argv) -> Config:
     recipe = default_recipe(asked.model, asked.task, device)
     parser.set_defaults(device=device, dtype=default_dtype(device), **recipe)
     config = Config(**vars(parser.parse_args(argv)))
+    if config.resume and config.output is None:
+        fail("--resume: say which run to go on with, by --output DIR")
     if config.output is None:
         config.output = f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     return config
@@ -1211,8 +1232,56 @@ def check_options(config) -> None:
         fail(f"--task {config.task}: choose {', '.join(TASKS)}")
     if config.num_samples == 1:
         fail("--num-samples 1: must be at least 2, since the baseline is the mean of the other samples")
-    if Path(config.output, "config.json").exists() and not config.resume:
-        fail(f"--output {config.output}: holds another run; name a new one or --resume it")
+    check_device(config.device)
+    check_output(config)
+
+
+def check_device(device) -> None:
+    """Ends if this machine does not have the device, or not one for each process."""
+    if device == "cuda":
+        num_gpus = torch.cuda.device_count()
+        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if num_gpus == 0:
+            fail("--device cuda: torch finds no GPU here; take --device cpu, or a torch that was built for your GPU")
+        if num_processes > num_gpus:
+            fail(f"torchrun --nproc-per-node {num_processes}: there are only {num_gpus} GPUs here")
+    if device == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps: torch finds no Apple GPU here; take --device cpu")
+
+
+# A resumed run may have other values of these options: they do not change what is learned, up to rounding.
+MAY_CHANGE = {"steps", "eval_every", "save_every", "wandb", "resume", "output", "device", "shard"}
+MAY_CHANGE |= {"sample_batch", "micro_batch_tokens", "gradient_checkpointing"}
+
+
+def check_output(config) -> None:
+    """Ends if the results cannot be written to --output, or if a run is there that these options do not continue."""
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        fail(f"--output {output}: is a file; name a directory")
+    if not output.exists() and RANK == 0:
+        # Try it, but leave no empty directory, in case that another option is refused.
+        try:
+            output.mkdir(parents=True)
+            output.rmdir()
+        except OSError as error:
+            fail(f"--output {output}: cannot be made ({error.strerror}); name another directory")
+
+    begun_with = output / "config.json"
+    if not begun_with.exists():
+        return
+    if not config.resume:
+        fail(f"--output {output}: holds another run; name a new one or --resume it")
+    try:
+        before = json.loads(begun_with.read_text())
+    except ValueError:
+        fail(f"--output {output}: its config.json cannot be read; name another directory")
+    # With other options this would be another run, and its checkpoint would replace the first one's.
+    for name, value in asdict(config).items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            begun = f"the run in {output} was begun with {before.get(name)}"
+            fail(f"{flag} {value}: {begun}; repeat that, or name a new --output")
 
 
 def load_problems(config) -> tuple[list[dict], list[dict]]:
@@ -1225,9 +1294,14 @@ def load_problems(config) -> tuple[list[dict], list[dict]]:
         if config.eval_every:
             raise
         tests = []
+
+    def plain(problem):
+        """The question without the differences of spacing and case that copies of a problem may have."""
+        return " ".join(problem["question"].lower().split())
+
     # A question of the test split may also stand in the training split. Never train on it.
-    test_questions = {problem["question"] for problem in tests}
-    problems = [problem for problem in task.problems(config.data, "train") if problem["question"] not in test_questions]
+    test_questions = {plain(problem) for problem in tests}
+    problems = [problem for problem in task.problems(config.data, "train") if plain(problem) not in test_questions]
     if not problems:
         raise ValueError("--data: all problems are in the test split")
     if not config.eval_every:
@@ -1253,15 +1327,42 @@ def load_model(name: str, dtype="auto"):
 
 
 @torch.no_grad()
-def check_model(name: str, tokenizer, model) -> None:
-    """Raises ValueError if a model cannot be used: it has no EOS token, or logits that `log_probs` would get wrong."""
+def check_model(name: str, tokenizer) -> None:
+    """Raises ValueError if a model cannot be used, because it has no EOS token or is of a kind that is not supported.
+
+    To find out, it tries `sample` and `log_probs` on two prompts of unequal length, in float32. They have to give what
+    the model's own forward pass gives for each text alone. So a kind of model that is not supported does not go
+    unnoticed.
+    """
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {name}: its tokenizer has no EOS token; save one with it")
-    output = model(torch.tensor([[0, 1]]), output_hidden_states=True)
-    expected = output.hidden_states[-1] @ model.get_output_embeddings().weight.T
-    if not torch.allclose(output.logits, expected, rtol=0.02, atol=0.02):
+    _, model = load_model(name, torch.float32)
+    prompts = [[1, 2, 3, 4, 5, 6], [7, 8]]
+    differences = []
+    sampled_from = []
+    model.register_forward_hook(lambda module, inputs, output: sampled_from.append(output.logits[:, -1]))
+    try:
+        # Two responses of four tokens to each prompt: the logits of four forward passes.
+        responses = sample(model, prompts, 2, 4, eos_token_id=-1, pad_token_id=0, temperature=0)
+        sampled_from[0] = sampled_from[0].repeat_interleave(2, dim=0)  # the first pass has one row for each prompt
+        sampler_logprobs = torch.stack(sampled_from, dim=1).log_softmax(dim=-1)  # (4, 4, V)
+        logprobs, _ = log_probs(model, prompts, responses)  # (4, 4)
+        for i, response in enumerate(responses):
+            prompt = prompts[i // 2]
+            logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(dim=-1)  # (4, V)
+            differences.append((sampler_logprobs[i] - expected).abs().max())
+            differences.append((logprobs[i] - expected[range(4), response]).abs().max())
+    except Exception as error:
+        reason = repr(error).splitlines()[0]
         raise ValueError(
-            f"--model {name}: changes its logits after the output embeddings, as by soft-capping; this is not supported"
+            f"--model {name}: models of its kind cannot be sampled from or trained here ({reason})"
+        ) from error
+    worst = torch.stack(differences).max().item()
+    if not worst < 1e-3:
+        raise ValueError(
+            f"--model {name}: models of its kind are not supported; sample or log_probs are {worst:.2g} nats off the "
+            "model's own forward pass"
         )
 
 
@@ -1275,18 +1376,21 @@ def main(argv=None) -> None:
     try:
         problems, held_out = load_problems(config)
         tokenizer, policy = load_model(config.model)
-        check_model(config.model, tokenizer, policy)
+        if RANK == 0:
+            check_model(config.model, tokenizer)
         add_prompts(problems + held_out, TASKS[config.task], tokenizer)
         room = room_for_responses(problems + held_out, policy)
         if room < config.max_new_tokens:
-            raise ValueError(f"--max-new-tokens {config.max_new_tokens}: at most {room} fit behind the prompts")
+            raise ValueError(f"--max-new-tokens {config.max_new_tokens}: at most {room} fit after the prompts")
     except ValueError as error:
         fail(error)
 
     output = Path(config.output)
     if RANK == 0:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.json").write_text(json.dumps(asdict(config), indent=2))
+        unfinished = output / "config.unfinished"
+        unfinished.write_text(json.dumps(asdict(config), indent=2))
+        unfinished.replace(output / "config.json")
     say(str(config))
     say(f"{len(problems)} problems to train on, {len(held_out)} held out")
 

@@ -114,18 +114,31 @@ def read_results(file: str | Path) -> tuple[dict, list[dict]]:
         raise ValueError(f"{file}: is not a results file of eval.py; name another file ({error!r})") from error
 
 
+def check_output(output: str | None) -> None:
+    """ValueError if --output is no file that can be written, before an hour of work."""
+    if output is None:
+        return
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output}: is a directory; name a file")
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be made ({error.strerror}); name another file") from error
+
+
 def evaluate(options: Options) -> list[dict]:
     """Rows of the results file, G for each problem; those in --output are not done again. ValueError for bad options."""
     task, G = TASKS[options.task], options.num_samples
     extract = empg.last_boxed if options.task == "math-hard" else empg.final_answer
     problems = task.problems(options.data, options.split)[: options.limit]
     tokenizer, model = empg.load_model(options.model, getattr(torch, options.dtype))
-    empg.check_model(options.model, tokenizer, model)
+    if RANK == 0:
+        empg.check_model(options.model, tokenizer)
     empg.add_prompts(problems, task, tokenizer)
     room = empg.room_for_responses(problems, model)
     if room < (options.max_new_tokens or 1):
-        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: at most {room} fit behind the prompts")
-    options.max_new_tokens = options.max_new_tokens or min(1024, room)
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: at most {room} fit after the prompts")
+    options.max_new_tokens = options.max_new_tokens or int(min(1024, room))
     names = ("model", "task", "data", "split", "limit", "num_samples", "temperature", "max_new_tokens", "seed", "dtype")
     header = {name: getattr(options, name) for name in names} | {"problems": len(problems)}
     file = Path(options.output or "")
@@ -133,7 +146,6 @@ def evaluate(options: Options) -> list[dict]:
     if before != header:
         raise ValueError(f"--output {file}: has results of {before}; repeat these options, or name another file")
     if options.output and RANK == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
         complete = file.with_name(f"{file.name}.unfinished")
         complete.write_text("".join(json.dumps(row) + "\n" for row in (header, *rows)))
         complete.replace(file)
@@ -259,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
         elif options.curves:
             lines = draw_curves(options.curves, options.output or "curves.png")
         else:
+            empg.check_device(options.device)
+            check_output(options.output)
             empg.start_processes(options.device)
             lines = describe(evaluate(options), options.num_samples) | paper_scores(options.model, options.task)
             empg.dist.destroy_process_group()

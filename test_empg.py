@@ -26,7 +26,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, MistralForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+)
 
 import empg
 import eval as scoring
@@ -317,7 +324,7 @@ def test_bfloat16_computation_stays_close_to_float32(monkeypatch):
     tokens = torch.randint(18, (len(hidden),), generator=torch.Generator().manual_seed(0))
     weight = model.get_output_embeddings().weight
     for w in (weight, weight.bfloat16()):
-        exact = (hidden.float() @ w.float().T).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        exact = (hidden.float() @ w.bfloat16().float().T).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
         expected = torch.autograd.grad(exact.sum(), hidden)[0].float()
         with torch.autocast("cpu", torch.bfloat16):
             rounded = empg.token_logprobs(hidden, w, tokens)
@@ -326,6 +333,10 @@ def test_bfloat16_computation_stays_close_to_float32(monkeypatch):
         assert (rounded - exact).mean().abs() < 1e-3 * exact.mean().abs()
         got = torch.autograd.grad(rounded.sum(), hidden)[0].float()
         assert (got - expected).norm() < 0.01 * expected.norm()
+    other = make_model(seed=1, dtype=torch.float32).get_output_embeddings().weight
+    with torch.autocast("cpu", torch.bfloat16):
+        kl = empg.token_kls(hidden, weight, hidden, other)  # in float32 all the same
+    torch.testing.assert_close(kl, empg.kl_divergence(hidden.float() @ weight.T, hidden.float() @ other.T))
 
 
 def test_mistakes_labels_shifted_and_eos_left_out_of_the_loss():
@@ -414,6 +425,83 @@ def test_sample_and_log_probs_refuse_bad_input():
         pytest.raises(ValueError, empg.log_probs, make_model(), prompts, responses)
 
 
+SMALL = {"vocab_size": 18, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64, "initializer_range": 0.5,
+         "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+RIGHT_KINDS = {
+    "qwen2": {},  # grouped queries
+    "qwen3": {},
+    "llama": {"mlp_bias": True},
+    "mistral": {"sliding_window": 3},
+    "gemma3_text": {"sliding_window": 3, "query_pre_attn_scalar": 4},
+    "gpt2": {"resid_pdrop": 0.5},  # learned positions
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 3, "num_heads": 4, "num_layers": 2},
+    "gpt_neox": {},
+    "bloom": {"n_head": 4, "n_layer": 2},  # ALiBi
+    "falcon": {"alibi": True, "new_decoder_architecture": False},
+    "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 2},
+    "mixtral": {"num_local_experts": 4},  # mixture of experts
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "phi3": {},
+}
+REFUSED_KINDS = {
+    "gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "mamba": {"state_size": 4},
+    "recurrent_gemma": {"lru_width": 16, "attention_window_size": 8},
+    "jamba": {"num_experts": 2, "use_mamba_kernels": False, "mamba_dt_rank": 4},
+    "qwen3_next": {"num_experts": 0, "linear_num_value_heads": 2, "linear_num_key_heads": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+def save_kind(kind, settings, path) -> str:
+    torch.manual_seed(0)
+    left_out = {"bloom": "max_position_embeddings", "mpt": "max_position_embeddings", "falcon": "head_dim"}.get(kind)
+    settings = {name: value for name, value in (SMALL | settings).items() if name != left_out}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(path)
+    make.character_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", RIGHT_KINDS)
+def test_families_of_models_that_are_right(kind, tmp_path):
+    """Sampled token by token and read in one pass, responses are those of plain passes, in values and gradients."""
+    name = save_kind(kind, RIGHT_KINDS[kind], tmp_path)
+    tokenizer, model = empg.load_model(name, torch.float32)
+    empg.check_model(name, tokenizer)
+    for prompt, response in zip(
+        PROMPTS, empg.sample(model, PROMPTS, 1, 20, temperature=0, **LIMITS | {"eos_token_id": 99})
+    ):
+        assert plain_logits(model, prompt, response).argmax(-1).tolist() == response
+    plain_loss(model, WEIGHTS).backward()
+    expected = flat_grad(model)
+    model.zero_grad()
+    empg.empg_loss(*empg.log_probs(model, PROMPTS, RESPONSES), WEIGHTS).backward()
+    assert (flat_grad(model) - expected).norm() < 1e-4 * expected.norm()
+    problems = [{"prompt": [1, 2, 3]}]
+    assert empg.room_for_responses(problems, model) == (math.inf if kind in ("bloom", "mpt") else 61)
+
+
+@pytest.mark.parametrize("kind", REFUSED_KINDS)
+def test_families_of_models_that_are_refused(kind, tmp_path, capfd):
+    """Logits that are capped or scaled, and recurrent layers, end in one line before any work."""
+    name = save_kind(kind, REFUSED_KINDS[kind], tmp_path / "model")
+    refuses(capfd, empg.main, options(name, tmp_path / "out"), f"--model {name}", "models of its kind")
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_rope_is_not_crossed():
+    """Phi-3's long rope reads a text in another way once it is longer than the model was first trained on."""
+    long = [1.0, 2.0]
+    rope = {"rope_type": "longrope", "short_factor": long, "long_factor": long, "rope_theta": 1e4,
+            "original_max_position_embeddings": 32}  # fmt: skip
+    config = AutoConfig.for_model("phi3", **SMALL | {"rope_parameters": rope, "original_max_position_embeddings": 32})
+    assert empg.room_for_responses([{"prompt": [1, 2]}], AutoModelForCausalLM.from_config(config)) == 30
+
+
 # ---- The update
 
 
@@ -480,6 +568,7 @@ def test_what_has_no_gradient_is_not_computed(monkeypatch):
     before, optimizer = flat(model), torch.optim.AdamW(model.parameters(), lr=1.0)
     stats = empg.update(model, optimizer, rows_with(0 * WEIGHTS), config())
     assert len(seen) == 6 and stats["loss"] == stats["grad_norm"] == 0 and not optimizer.state
+    assert math.isnan(stats["entropy"])  # not 0, which would look like a collapse
     for bad in (math.nan, math.inf):  # nor does a gradient that is not finite, which is counted
         stats = empg.update(model, optimizer, rows_with(bad * WEIGHTS.abs()), config())
         assert stats["skipped_updates"] == 1 and not math.isfinite(stats["grad_norm"]) and not optimizer.state
@@ -748,11 +837,15 @@ def test_mistake_held_out_problems_in_training(tiny, tmp_path, monkeypatch):
     """A question that stands in both splits is not trained on, however few problems the evaluation uses."""
     seen = []
     monkeypatch.setattr(empg, "train", lambda *args: seen.extend(args[5:7]))
-    row = lambda i: {"question": f"{i}+{i}=", "answer": f"#### {2 * i}"}
-    data = write_rows(tmp_path / "data", train=[row(i) for i in range(8)], test=[row(i) for i in (1, 3, 5, 9)])
+    row = lambda i: {"question": f"{i}+{i}=", "answer": 2 * i}  # numbers will do for answers
+    copies = [{"question": " 3+3=\n", "answer": "6"}, {"question": "5+5= ", "answer": "10"}]
+    data = write_rows(tmp_path / "data", train=[*map(row, range(8)), *copies], test=[row(i) for i in (1, 3, 5, 9)])
     change(monkeypatch, "gsm8k", prompt="{question}")
-    empg.main(options(tiny, tmp_path / "run", task="gsm8k", data=data, eval_problems=1))
-    assert [p["question"] for p in seen[0]] == [f"{i}+{i}=" for i in (0, 2, 4, 6, 7)] and len(seen[1]) == 1
+    for more in ({"eval_problems": 1}, {"eval_every": 0}):  # nor if nothing is evaluated now
+        seen.clear()
+        empg.main(options(tiny, tmp_path / f"run{len(more)}{more}", task="gsm8k", data=data, **more))
+        assert [p["question"] for p in seen[0]] == [f"{i}+{i}=" for i in (0, 2, 4, 6, 7)]
+        assert len(seen[1]) == ("eval_problems" in more) and GSM8K.reward("so 14", seen[0][-1]["answer"]) == 1
     sums = {split: {row["question"] for row in empg.sums_problems(None, split)} for split in ("train", "test")}
     assert len(sums["train"]) == 9500 and len(sums["test"]) == 500 and not sums["train"] & sums["test"]
 
@@ -956,14 +1049,41 @@ def test_bad_models_data_and_directories(tiny, tmp_path, capfd, odd_is_right, mo
     for splits in ({"train": [{"q": "1"}], "test": [{"q": "1"}]}, {"train": [row], "test": []}, {"train": [row]}):
         data = write_rows(tmp_path / f"data{len(str(splits))}", **splits)
         check(tiny, "--data", str(data), "test.jsonl", "'question'", task="gsm8k", data=data)
-    forward, tanh = Qwen2ForCausalLM.forward, lambda out: out.__setitem__("logits", out.logits.tanh()) or out
-    with monkeypatch.context() as patch:
-        patch.setattr(Qwen2ForCausalLM, "forward", lambda *args, **how: tanh(forward(*args, **how)))
-        check(tiny, "changes its logits")
-    empg.main(options(tiny, tmp_path / "out", steps=1))
-    before = (tmp_path / "out/metrics.jsonl").read_text()
-    check(tiny, "--output", "another run", "--resume")
-    assert (tmp_path / "out/metrics.jsonl").read_text() == before
+    (tmp_path / "file").touch()
+    for output, words in ((tmp_path / "file", "is a file"), ("/proc/nothing/run", "cannot be made")):
+        refuses(capfd, empg.main, options(tiny, output), f"--output {output}", *words.split())
+    refuses(capfd, empg.main, ["--task=sums", "--resume"], "--resume", "--output DIR")
+
+
+def test_a_run_is_not_taken_up_by_other_options(tiny, tmp_path, capfd, odd_is_right):
+    """--resume with an option that would make it another run, or of a damaged checkpoint, is refused in a line and loses
+    nothing; options that change only the pace, the memory or the end are taken."""
+    out = tmp_path / "out"
+    check = lambda *words, flags=("--resume",), **more: refuses(
+        capfd, empg.main, options(tiny, out, *flags, **more), *words
+    )
+    empg.main(options(tiny, out, steps=2))
+    files = lambda: {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    before = files()
+    check("--output", "another run", "--resume", flags=())
+    check("--lr 0.5", "0.001", lr=0.5)
+    check("--seed 1", "begun with 0", seed=1)
+    check("--prompts-per-step 8", "begun with 4", prompts_per_step=8)
+    check("--beta 0.1", "begun with 0.0", beta=0.1)
+    make_model(vocab=18, hidden_size=32).save_pretrained(tmp_path / "wider")
+    make.character_tokenizer().save_pretrained(tmp_path / "wider")
+    refuses(capfd, empg.main, options(tmp_path / "wider", out, "--resume"), "--model", "begun with", tiny)
+    assert files() == before
+    more = {"eval_every": 0, "save_every": 1, "sample_batch": 4, "micro_batch_tokens": 30}
+    empg.main(options(tiny, out, "--resume", steps=3, **more | {"eval_every": 3}))
+    assert [row["step"] for row in metrics(out)][-2:] == [3, 3]
+    (checkpoint,) = out.glob("checkpoint-*")
+    part = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    for content in (part.read_bytes()[:100], b""):
+        part.write_bytes(content)
+        check("--output", "checkpoint-000003 is damaged", "remove it", steps=5)
+    (checkpoint / ".metadata").unlink()
+    check("--output", "checkpoint-000003 is damaged", "remove it", steps=5)
 
 
 def test_a_plain_command_stands_for_what_suits_the_machine(monkeypatch):
@@ -978,7 +1098,7 @@ def test_a_plain_command_stands_for_what_suits_the_machine(monkeypatch):
         (0, "--model=x"): "x gsm8k float32",
         (80, "--task=sums"): "base sums bfloat16",
         (80, ""): "Qwen2.5-1.5B gsm8k bfloat16",
-        (24.5, ""): "Qwen2.5-0.5B gsm8k bfloat16",
+        (23.7, ""): "Qwen2.5-0.5B gsm8k bfloat16",
         (16, ""): "base sums bfloat16",
         (80, "--device=cpu"): "base sums float32",
         (80, "--dtype=float32"): "Qwen2.5-1.5B gsm8k float32",
@@ -989,6 +1109,16 @@ def test_a_plain_command_stands_for_what_suits_the_machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, memory=memory: memory)
         pytest.raises(SystemExit, empg.main, words.split())
     assert found == list(cases.values())
+
+
+def test_devices_that_are_not_there(monkeypatch, tiny, tmp_path, capfd):
+    """Neither a GPU, nor one for each process, nor an Apple GPU: a line each."""
+    for device in ("cuda", "mps"):
+        refuses(capfd, empg.main, options(tiny, tmp_path / "out", device=device), f"--device {device}", "--device cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    refuses(capfd, lambda words: empg.check_device(words[0]), ["cuda"], "--nproc-per-node 4", "2 GPUs")
+    refuses(capfd, scoring.main, ["--model=x", "--device=cuda"], "--nproc-per-node 4", "2 GPUs")
 
 
 # ---- eval.py: scores, comparisons, curves
@@ -1074,7 +1204,9 @@ def test_compare(tmp_path, capfd):
     assert "c: 0.333" in (report := capfd.readouterr().out) and "A better on 0, B on 1" in report
     refuses(capfd, scoring.main, ["--compare", a, results(tmp_path / "e", [1] * 8, question="other")], "same problems")
     refuses(capfd, scoring.main, ["--compare", a, results(tmp_path / "f", [1] * 7)], "same problems")
-    for words, expected in (("--compare a b", "a:"), ("--compare a", "choose"), ("", "choose"), ("--curves x", "--curves x"),
+    file = f"{tmp_path}/a/below.jsonl"
+    for words, expected in ((f"--model x --output {tmp_path}", "is a directory"), (f"--model x --output {file}", "cannot be made"),
+                            ("--compare a b", "a:"), ("--compare a", "choose"), ("", "choose"), ("--curves x", "--curves x"),
                             ("--model x --task chess", "chess"), ("--model x --limit 0", "--limit 0")):  # fmt: skip
         refuses(capfd, scoring.main, words.split(), expected)
     (tmp_path / "config.json").write_text('{"model": "Qwen/Qwen2.5-14B-Instruct"}')

@@ -40,7 +40,7 @@ class PromptLayer(DynamicLayer):
 
 def prompt_cache(model) -> DynamicCache:
     cache = DynamicCache()
-    cache.layers = [PromptLayer() for _ in range(empg.unwrap(model).config.num_hidden_layers)]
+    cache.layers = [PromptLayer() for _ in range(empg.unwrap(model).config.get_text_config().num_hidden_layers)]
     return cache
 
 
