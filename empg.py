@@ -18,8 +18,8 @@ expectation-maximisation (EM):
             and reward them.
     M-step: Update θ along the average of (R̃(τ) - b) ∇log P_θ(τ) over the trajectories in D.   (Eq. 12)
 
-R̃ is the reward after smoothing, which brings it between 0 and 1. The *baseline* b is what the policy gets on this
-prompt on average. So trajectories that are better than the average become more likely, and the others less.
+R̃ is the reward after smoothing, which brings it between 0 and 1. The *baseline* b is the mean of R̃ over the
+prompt's other samples. So trajectories that are better than the average become more likely, and the others less.
 
 PPO and GRPO multiply each term by an importance weight, the ratio of a token's new probability to its old one, and
 clip it. PPO also trains a second network to predict rewards. EMPG does neither.
@@ -489,7 +489,7 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None):
     Raises: ValueError if a list is empty, or if the responses cannot be divided evenly among the prompts.
     """
     if not prompts or not responses or len(responses) % len(prompts) or not all([*prompts, *responses]):
-        raise ValueError("log_probs needs the same number of responses to each prompt, and at least one token in each")
+        raise ValueError("log_probs needs as many responses to each prompt as to the others, all with tokens")
     hidden, tokens, mask = response_states(model, prompts, responses)
 
     def place(values):
@@ -498,7 +498,8 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None):
 
     # Dividing the hidden states by the temperature divides the logits by it.
     hidden = hidden / temperature
-    # This weight is whole, with FSDP, too: it belongs to the outermost module, which stays whole after a forward pass.
+    # This weight is whole, with FSDP, too: it belongs to the outermost module (see `distribute`), which stays whole
+    # after a forward pass.
     output_weight = unwrap(model).get_output_embeddings().weight
     logprobs = place(token_logprobs(hidden, output_weight, tokens))
     if reference is None:
@@ -693,8 +694,8 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
 
     Why is there a second model? θ does not change while it is sampled from, so it could be sampled from itself. But θ*
     is faster to sample from. It is whole in every process, where θ may be split over the GPUs. On a GPU it is in
-    bfloat16, whereas θ has to be float32, since bfloat16 would round updates of 1e-6 away. And with several updates on
-    a batch (--updates), it is the policy that the batch came from.
+    bfloat16, whereas θ has to be float32, since bfloat16 would round updates of 1e-6 away. After sampling, θ* is not
+    needed until the next iteration. (PPO and GRPO would need its probabilities for their ratios.)
 
     Takes: policy, θ, which learns (inside DDP or FSDP if there are several processes);
         old_policy, θ*, its frozen copy (on return, it equals the trained θ);
@@ -789,7 +790,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
             # With several updates, these are the last one's statistics.
             **all_statistics[-1],
             "skipped_updates": sum(statistics["skipped_updates"] for statistics in all_statistics),
-            # The share of prompts whose responses all got the same reward. Nothing is learned from them.
+            # The share of prompts whose responses all got the same reward. Their rewards teach nothing.
             "no_signal": (weights == 0).all(dim=1).double().mean().item(),
             # The share of responses that the token limit cut off.
             "cut": np.mean([trajectory["cut"] for trajectory in trajectories]),
@@ -901,8 +902,8 @@ def is_right(given: str | None, answer: str) -> float:
 
     The answer is a formula, or a solution as in datasets, with the formula in its last \boxed{} or behind a "####".
 
-    A list is compared as a whole, by math_verify. So "3 or 4" equals the answer "3, 4", but neither 3 nor 4: otherwise
-    a model would learn to list guesses.
+    A list is compared as a whole, by math_verify. So "3 or 4" equals the answer "3, 4", but not the answer 3:
+    otherwise a model would learn to list guesses.
 
     >>> [is_right(given, "#### 18") for given in ("18.00", r"\$18", r"\frac{36}{2}", "17, 18", None)]
     [1.0, 1.0, 1.0, 0.0, 0.0]
@@ -968,7 +969,7 @@ def dataset_problems(path, configuration, question_column, answer_column, data, 
         need = f"needs, on the hub or in {split}.jsonl, rows with {question_column!r} and {answer_column!r}"
         raise ValueError(f"--data {data or path}: {need} ({error!r})") from error
     if not problems:
-        raise ValueError(f"--data {data or path}: has no rows in {split}.jsonl, with {question_column!r}")
+        raise ValueError(f"--data {data or path}: its {split} split is empty; it needs rows with {question_column!r}")
     return problems
 
 
@@ -1085,6 +1086,7 @@ def distribute(model, config):
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, mp_policy=precision)
+    # Having sharded it first, each process moves and converts its own share only.
     model = model.to(config.device).float()
     is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
     if config.shard or is_frozen or WORLD_SIZE == 1:
@@ -1260,7 +1262,7 @@ def check_output(config) -> None:
     if output.exists() and not output.is_dir():
         fail(f"--output {output}: is a file; name a directory")
     if not output.exists() and RANK == 0:
-        # Try it, but leave no empty directory, in case that another option is refused.
+        # Try it, but leave no empty directory, in case another option is refused.
         try:
             output.mkdir(parents=True)
             output.rmdir()
@@ -1303,7 +1305,7 @@ def load_problems(config) -> tuple[list[dict], list[dict]]:
     test_questions = {plain(problem) for problem in tests}
     problems = [problem for problem in task.problems(config.data, "train") if plain(problem) not in test_questions]
     if not problems:
-        raise ValueError("--data: all problems are in the test split")
+        raise ValueError("--data: all training problems are in the test split, too")
     if not config.eval_every:
         return problems, []
     order = np.random.default_rng(0).permutation(len(tests))
