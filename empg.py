@@ -186,8 +186,9 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
 
     μ and σ are the mean and the standard deviation of the rewards of the whole batch, over all processes.
 
-    It is made for rewards such as scores, of which one extreme value could outweigh all others. Rewards of 0 and 1 just
-    become two other numbers. Then the advantages, and with them the gradient, are the same up to a constant factor.
+    It is meant for rewards such as scores, of which one extreme value could outweigh all others. Rewards of 0 and 1
+    just become two other numbers. Then the advantages, and with them the gradient, are the same up to a constant
+    factor.
 
     Takes: rewards, (N,), finite numbers.
     Returns: (N,), strictly between 0 and 1; all 0.5 if the rewards are equal.
@@ -306,7 +307,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     # Rounding lets the cumulative distribution end a little off 1, so scale u to where it does end.
     total = cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).squeeze(-1)
-    # If u times the total is rounded up to the total, no token exceeds it.
+    # If u times the total is rounded up to the total, no entry exceeds it.
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
@@ -442,16 +443,17 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, tokens: Tensor) -> Ten
     Takes: hidden, (n, H); output_weight, the output embeddings W, (V, H); tokens, (n,).
     Returns: (n,) float32, in nats.
     """
-    # Autocast does not look into torch's function. So do as it would, and compute in bfloat16 in a bfloat16 run.
+    # Autocast does not look into torch's function. So do as it would: in a bfloat16 run, multiply matrices in bfloat16.
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         output_weight = output_weight.to(hidden.dtype)
     # Fix the number of rows, so that memory is bounded. (chunking_method=None switches off the function's own choice.)
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOGIT_ROWS, chunking_method=None)
     logprobs = -F.linear_cross_entropy(hidden, output_weight, tokens, reduction="none", options=options)
-    # Inside, the logits are float32. But in a bfloat16 run the result is rounded to bfloat16: a log-probability of -10
-    # to the nearest 0.06. The gradient does not see that rounding, and in the mean over tokens that `update` reports as
-    # the entropy, it averages out. A ratio of two probabilities, which EMPG has no use for, would be a few percent off.
+    # Their products, the logits, and the softmax are float32 inside. But the result is then rounded to bfloat16 again:
+    # a log-probability of -10 to the nearest 0.06. The gradient does not see that rounding, and in the mean over tokens
+    # that `update` reports as the entropy, it averages out. A ratio of two probabilities, which EMPG has no use for,
+    # would be a few percent off.
     return logprobs.float()
 
 
@@ -498,8 +500,7 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None):
 
     # Dividing the hidden states by the temperature divides the logits by it.
     hidden = hidden / temperature
-    # This weight is whole, with FSDP, too: it belongs to the outermost module (see `distribute`), which stays whole
-    # after a forward pass.
+    # With FSDP, too, this weight is whole at this moment: `distribute` says why.
     output_weight = unwrap(model).get_output_embeddings().weight
     logprobs = place(token_logprobs(hidden, output_weight, tokens))
     if reference is None:
@@ -975,6 +976,7 @@ def dataset_problems(path, configuration, question_column, answer_column, data, 
 
 TASKS = {
     "sums": Task(
+        # In "3+8=11,11+5=16,16+2=18#18" there is neither a box nor "####", so that the last number counts.
         reward=lambda response, answer: float(final_answer(response) == answer),
         problems=sums_problems,
         prompt="{question}",
@@ -1072,8 +1074,7 @@ def distribute(model, config):
     """Places a model on this process's device, in float32, with DDP or FSDP around it.
 
     With DDP each process has the whole model, and the gradients are averaged. With FSDP (--shard) each process has a
-    share of every parameter, of its gradient and of Adam's averages, and a layer is put together just before it
-    computes. A frozen model needs no DDP.
+    share of every parameter, of its gradient and of Adam's averages. A frozen model needs no DDP.
     """
     # `_no_split_modules` lists the class names of the model's layers.
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
@@ -1084,9 +1085,12 @@ def distribute(model, config):
     if config.shard:
         mesh = dist.init_device_mesh(config.device, (WORLD_SIZE,))
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
+        # Each layer is a unit, which is put together for its forward pass, and split again after it. The last call
+        # makes a unit of what is left in the model, the embeddings among it. This one stays whole till the backward
+        # pass, as `log_probs` needs it.
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, mp_policy=precision)
-    # Having sharded it first, each process moves and converts its own share only.
+    # With FSDP, each process converts only its own share.
     model = model.to(config.device).float()
     is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
     if config.shard or is_frozen or WORLD_SIZE == 1:
@@ -1161,7 +1165,7 @@ def load_checkpoint(output, policy, optimizer, reference):
     newest = checkpoints[-1]
     try:
         dcp.load(state, checkpoint_id=newest)
-    except (Exception, dcp.api.CheckpointException) as error:  # noqa: BLE001 - many things can be wrong with files
+    except (Exception, dcp.api.CheckpointException) as error:  # noqa: BLE001 - CheckpointException is no Exception
         fail(f"--output {output}: {newest.name} is damaged; remove it to begin again ({type(error).__name__})")
     say(f"Resuming after iteration {state['step']}")
     return state["step"], json.loads(state["metrics"])
@@ -1228,8 +1232,11 @@ def check_options(config) -> None:
     may_be_zero = ("beta", "eval_every", "save_every", "seed")
     for name, value in asdict(config).items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and not (0 < value < math.inf or (value == 0 and name in may_be_zero)):
-            fail(f"--{name.replace('_', '-')} {value}: must be positive")
+        flag = f"--{name.replace('_', '-')}"
+        if is_number and name in may_be_zero and not 0 <= value < math.inf:
+            fail(f"{flag} {value}: must not be negative or infinite")
+        if is_number and name not in may_be_zero and not 0 < value < math.inf:
+            fail(f"{flag} {value}: must be positive and finite")
     if config.task not in TASKS:
         fail(f"--task {config.task}: choose {', '.join(TASKS)}")
     if config.num_samples == 1:
