@@ -11,7 +11,7 @@ We want a policy with a high expected reward, J(θ) = E[R(τ)] = Σ_τ P_θ(τ) 
     ∇J(θ) = Σ_τ R(τ) ∇P_θ(τ) = E[R(τ) ∇log P_θ(τ)].                                            (Eq. 4)
 
 This is an average that samples can estimate: make each sampled trajectory more likely, in proportion to its reward.
-It is called the policy gradient, and the method REINFORCE. EMPG takes it in two steps that repeat, as in
+It is called the policy gradient, and following it REINFORCE. EMPG takes it in two steps that repeat, as in
 expectation-maximisation (EM):
 
     E-step: Freeze a copy θ* of the policy. Sample several trajectories for each prompt from it, into a buffer D,
@@ -307,7 +307,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     # Rounding lets the cumulative distribution end a little off 1, so scale u to where it does end.
     total = cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).squeeze(-1)
-    # If u times the total is rounded up to the total, no entry exceeds it.
+    # Some entry always exceeds u times the total, unless the logits are nan. Then take the last token.
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
@@ -450,8 +450,8 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, tokens: Tensor) -> Ten
     # Fix the number of rows, so that memory is bounded. (chunking_method=None switches off the function's own choice.)
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOGIT_ROWS, chunking_method=None)
     logprobs = -F.linear_cross_entropy(hidden, output_weight, tokens, reduction="none", options=options)
-    # Their products, the logits, and the softmax are float32 inside. But the result is then rounded to bfloat16 again:
-    # a log-probability of -10 to the nearest 0.06. The gradient does not see that rounding, and in the mean over tokens
+    # In a bfloat16 run, torch's function computes logits and softmax in float32, but returns bfloat16: a
+    # log-probability of -10 is right to 0.03 only. The gradient does not see that rounding, and in the mean over tokens
     # that `update` reports as the entropy, it averages out. A ratio of two probabilities, which EMPG has no use for,
     # would be a few percent off.
     return logprobs.float()
@@ -661,7 +661,7 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
             for name, value in sums.items():
                 totals[name] += value
     if config.shard and reference is not None:
-        # FSDP splits the outermost module again in the backward pass. The reference has no backward pass, so split it
+        # FSDP splits the outermost unit again in the backward pass. The reference has no backward pass, so split it
         # here.
         reference.reshard()
 
@@ -773,11 +773,12 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
             trajectory["weight"] = weight
 
         # Lines 11 and 12, the M-step. At the first update θ = θ* (on a GPU, up to the rounding of θ* to bfloat16). So
-        # the samples come from the policy itself: they are *on-policy*, and the gradient is the policy gradient (Eq.
-        # 4), with nothing to correct. At a second update (--updates) θ has moved away from θ*, and the samples are
-        # *off-policy*. PPO and GRPO would now multiply each term by π_θ/π_θ*, and clip it. Eq. 12 does not, and so is
-        # right only as long as θ stays near θ*. The learning rate rises during the first iterations, in which Adam's
-        # averages form.
+        # the samples come from the policy itself: they are *on-policy*, and Eq. 12 is the policy gradient (Eq. 4) for
+        # smoothed rewards, with nothing to correct. At a second update (--updates) θ has moved away from θ*, and the
+        # samples are *off-policy*. PPO and GRPO would now multiply each term by π_θ/π_θ*, and clip it. Eq. 12 does not,
+        # and so is right only as long as θ stays near θ*.
+
+        # The learning rate rises during the first five iterations, in which Adam's averages form.
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)
         all_statistics = [update(policy, optimizer, trajectories, config, reference) for _ in range(config.updates)]
 
@@ -1011,8 +1012,8 @@ def room_for_responses(problems, model) -> float:
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # Once a text is longer than `original_max_position_embeddings`, such a model changes the rotations of all
-        # positions. But the sampler's cache already holds the first ones. So stay below.
+        # Once a text is longer than `original_max_position_embeddings`, such a model rotates all keys in another way.
+        # But those in the sampler's cache were rotated in the old way, and stay so. So stay below that length.
         limit = rope["original_max_position_embeddings"]
     return limit - max(len(problem["prompt"]) for problem in problems)
 
@@ -1053,7 +1054,7 @@ def start_processes(device) -> None:
     if WORLD_SIZE > 1:
         store, _, _ = next(dist.rendezvous("env://", RANK, WORLD_SIZE))
     # The processes find each other in this store. When torchrun restarts them after a crash, it still has what the dead
-    # ones wrote. The number of the restart, put before each key, keeps the new ones from reading that.
+    # processes wrote. The number of the restart, put before each key, keeps the new ones from reading that.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     # On GPUs, gradients travel by NCCL (with FSDP, weights as well), and everything else by gloo. The processes wait
     # for each other for up to an hour, in case one of them is slow to download the model.
@@ -1078,6 +1079,8 @@ def distribute(model, config):
     """
     # `_no_split_modules` lists the class names of the model's layers.
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if not layers and (config.gradient_checkpointing or config.shard):
+        fail("--gradient-checkpointing and --shard: transformers does not name the layers of this kind of model")
     if config.gradient_checkpointing:
         # transformers has a switch for this, too, but it works in training mode only, in which dropout is on.
         for layer in layers:
@@ -1086,8 +1089,8 @@ def distribute(model, config):
         mesh = dist.init_device_mesh(config.device, (WORLD_SIZE,))
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
         # Each layer is a unit, which is put together for its forward pass, and split again after it. The last call
-        # makes a unit of what is left in the model, the embeddings among it. This one stays whole till the backward
-        # pass, as `log_probs` needs it.
+        # makes a unit of what is left in the model, the embeddings among it. By default (reshard_after_forward=None)
+        # fully_shard keeps this outermost unit whole from its forward to its backward pass. `log_probs` relies on that.
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, mp_policy=precision)
     # With FSDP, each process converts only its own share.
@@ -1145,7 +1148,7 @@ def state_of(policy, optimizer, reference) -> dict:
 
 
 def save_checkpoint(output, step, metrics, policy, optimizer, reference) -> None:
-    """Writes OUTPUT/checkpoint-STEP and removes the one before. It gets its name when all of it is on the disk."""
+    """Writes OUTPUT/checkpoint-STEP, which gets its name when all of it is on the disk, and removes the one before."""
     unfinished = output / "unfinished"
     state = {"step": step, "metrics": json.dumps(metrics), **state_of(policy, optimizer, reference)}
     # With a file for each tensor, they are written one by one, without a copy of all of them in memory.
@@ -1253,7 +1256,7 @@ def check_device(device) -> None:
         if num_gpus == 0:
             fail("--device cuda: torch finds no GPU here; take --device cpu, or a torch that was built for your GPU")
         if num_processes > num_gpus:
-            fail(f"torchrun --nproc-per-node {num_processes}: there are only {num_gpus} GPUs here")
+            fail(f"torchrun --nproc-per-node {num_processes}: more than the {num_gpus} of this machine's GPUs")
     if device == "mps" and not torch.backends.mps.is_available():
         fail("--device mps: torch finds no Apple GPU here; take --device cpu")
 
@@ -1269,7 +1272,7 @@ def check_output(config) -> None:
     if output.exists() and not output.is_dir():
         fail(f"--output {output}: is a file; name a directory")
     if not output.exists() and RANK == 0:
-        # Try it, but leave no empty directory, in case another option is refused.
+        # Try it. In case another option is refused, do not leave the directory behind.
         try:
             output.mkdir(parents=True)
             output.rmdir()

@@ -401,6 +401,7 @@ def test_sampled_frequencies_match_the_probabilities(temperature):
     # What has no probability is not drawn, either: by 0 and by the largest float below 1.
     logits = torch.tensor([-math.inf, 0.0, -math.inf, 1.0, -math.inf]).expand(2, 5)
     assert empg.draw_tokens(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist() == [1, 3]
+    assert empg.draw_tokens(logits * math.nan, torch.tensor([0.0, 0.5]), 1.0).tolist() == [4, 4]
 
 
 def test_a_response_ends_with_its_only_eos():
@@ -1117,8 +1118,8 @@ def test_devices_that_are_not_there(monkeypatch, tiny, tmp_path, capfd):
         refuses(capfd, empg.main, options(tiny, tmp_path / "out", device=device), f"--device {device}", "--device cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    refuses(capfd, lambda words: empg.check_device(words[0]), ["cuda"], "--nproc-per-node 4", "2 GPUs")
-    refuses(capfd, scoring.main, ["--model=x", "--device=cuda"], "--nproc-per-node 4", "2 GPUs")
+    refuses(capfd, lambda words: empg.check_device(words[0]), ["cuda"], "--nproc-per-node 4", "the 2 of")
+    refuses(capfd, scoring.main, ["--model=x", "--device=cuda"], "--nproc-per-node 4", "the 2 of")
 
 
 # ---- eval.py: scores, comparisons, curves
