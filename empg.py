@@ -11,7 +11,7 @@ We want a policy with a high expected reward, J(θ) = E[R(τ)] = Σ_τ P_θ(τ) 
     ∇J(θ) = Σ_τ R(τ) ∇P_θ(τ) = E[R(τ) ∇log P_θ(τ)].                                            (Eq. 4)
 
 This is an average that samples can estimate: make each sampled trajectory more likely, in proportion to its reward.
-It is called the policy gradient, and following it REINFORCE. EMPG takes it in two steps that repeat, as in
+It is called the policy gradient. Following it is called REINFORCE. EMPG takes it in two steps that repeat, as in
 expectation-maximisation (EM):
 
     E-step: Freeze a copy θ* of the policy. Sample several trajectories for each prompt from it, into a buffer D,
@@ -60,7 +60,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 # The sampler's cache grows at every token. With this setting, CUDA's allocator extends a block of memory instead of
 # looking for a larger one, which would leave holes. It has to be set before torch starts CUDA.
@@ -133,7 +133,7 @@ class Config:
     lr: float = option(1e-6, "Learning rate of AdamW, reached at the fifth iteration.")
     max_grad_norm: float = option(1.0, "A gradient with a larger norm than this is scaled down to it.")
     beta: float = option(
-        0.0, "Weight of the KL divergence to the base model, which holds the policy back. 0 leaves it out."
+        0.0, "Weight of the KL divergence to the base model, which keeps the policy near it. 0 leaves it out."
     )
     eval_every: int = option(10, "Number of iterations between two evaluations on held-out problems. 0 for none.")
     eval_problems: int = option(256, "Number of held-out problems in an evaluation.")
@@ -443,7 +443,7 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, tokens: Tensor) -> Ten
     Takes: hidden, (n, H); output_weight, the output embeddings W, (V, H); tokens, (n,).
     Returns: (n,) float32, in nats.
     """
-    # Autocast does not look into torch's function. So do as it would: in a bfloat16 run, multiply matrices in bfloat16.
+    # Autocast does not look into torch's function. So cast here as it would: in a bfloat16 run, multiply in bfloat16.
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         output_weight = output_weight.to(hidden.dtype)
@@ -653,7 +653,7 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
         policy.require_backward_grad_sync = turn == rounds - 1
         with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             loss, sums = micro_batch_loss(policy, batch, config, reference)
-        # DDP and FSDP average the gradients of the processes, but it is their sum that we need: hence WORLD_SIZE.
+        # DDP and FSDP average the gradients of the processes, but we need their sum: hence the factor WORLD_SIZE.
         (WORLD_SIZE * share * loss).backward()
 
         totals["loss"] += share * loss.item()
@@ -661,12 +661,13 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
             for name, value in sums.items():
                 totals[name] += value
     if config.shard and reference is not None:
-        # FSDP splits the outermost unit again in the backward pass. The reference has no backward pass, so split it
-        # here.
+        # FSDP keeps the embeddings whole after a forward pass, till the backward pass splits them again (see
+        # `distribute`). The reference has no backward pass, so split them here.
         reference.reshard()
 
-    # 3) Step along the gradient. Do not if it is not finite, which would destroy the model. Nor if no trajectory has a
-    #    weight: Adam would still step along its average of past gradients.
+    # 3) Step along the gradient. Skip the step if the gradient is not finite, which would destroy the model. Skip it,
+    #    too, if there were no micro-batches. (With DDP the gradients are then 0, and Adam would still step along its
+    #    average of past gradients.)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
@@ -944,8 +945,10 @@ def is_right(given: str | None, answer: str) -> float:
 
 
 def sums_problems(data: str | None, split: str) -> list[dict]:
-    """The problems of the task sums: all 10,000 sums of four digits, such as 3+8+5+2=. The test split is always the
-    same 500 of them."""
+    """The problems of the task sums: all 10,000 sums of four one-digit numbers, such as 3+8+5+2=.
+
+    The test split is always the same 500 of them.
+    """
     if data is not None:
         raise ValueError("--data: the task sums has its own problems")
     order = np.random.default_rng(0).permutation(10_000)
@@ -1168,7 +1171,7 @@ def load_checkpoint(output, policy, optimizer, reference):
     newest = checkpoints[-1]
     try:
         dcp.load(state, checkpoint_id=newest)
-    except (Exception, dcp.api.CheckpointException) as error:  # noqa: BLE001 - CheckpointException is no Exception
+    except (Exception, dcp.api.CheckpointException) as error:  # noqa: BLE001 - CheckpointException is a BaseException
         fail(f"--output {output}: {newest.name} is damaged; remove it to begin again ({type(error).__name__})")
     say(f"Resuming after iteration {state['step']}")
     return state["step"], json.loads(state["metrics"])
@@ -1179,7 +1182,7 @@ def load_checkpoint(output, policy, optimizer, reference):
 # ------------------------------------------------------------------------------------------
 
 
-def fail(message) -> None:
+def fail(message) -> NoReturn:
     """Ends with one line on standard error, and exit code 2."""
     if LOCAL_RANK == 0:
         print("error:", str(message).splitlines()[0], file=sys.stderr)
@@ -1418,7 +1421,8 @@ def main(argv=None) -> None:
     if RANK == 0:
         old_policy.save_pretrained(output / "model")
         tokenizer.save_pretrained(output / "model")
-    say(f"Score it: python eval.py --model {output / 'model'} --task {config.task}")
+    data = f" --data {config.data}" if config.data else ""
+    say(f"Score it: python eval.py --model {output / 'model'} --task {config.task}{data}")
     dist.destroy_process_group()
 
 
