@@ -187,8 +187,8 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
     μ and σ are the mean and the standard deviation of the rewards of the whole batch, over all processes.
 
     It is meant for rewards such as scores, of which one extreme value could outweigh all others. Rewards of 0 and 1
-    just become two other numbers. Then the advantages, and with them the gradient, are the same up to a constant
-    factor.
+    just become two other numbers. Then the advantages are those without smoothing, times a factor that is the same for
+    the whole batch.
 
     Takes: rewards, (N,), finite numbers.
     Returns: (N,), strictly between 0 and 1; all 0.5 if the rewards are equal.
@@ -307,7 +307,8 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     # Rounding lets the cumulative distribution end a little off 1, so scale u to where it does end.
     total = cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).squeeze(-1)
-    # Some entry always exceeds u times the total, unless the logits are nan. Then take the last token.
+    # Some entry always exceeds u times the total, unless the logits are nan. Then the index is past the end, at which a
+    # GPU would abort, so take the last token. (`update` leaves θ as it was if its gradient is nan.)
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
@@ -405,7 +406,7 @@ def response_states(model, prompts, responses):
     samples = len(responses) // len(prompts)
     prompts = [prompt for prompt in prompts for _ in range(samples)]  # one for each response
 
-    # Put each response behind its prompt, and pad on the right. Causal attention never looks to the right, so the
+    # Put each response after its prompt, and pad on the right. Causal attention never looks to the right, so the
     # padding changes nothing, and the model needs neither a mask nor positions. Without a mask, attention can use the
     # fastest kernel of a GPU. We need only the hidden states, but DDP and FSDP hook into the forward pass of the whole
     # model. So call that, and let it compute as few logits as possible.
@@ -644,8 +645,8 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
         # DDP and FSDP wait for all processes. So in the last round, a process that has no micro-batch left computes
         # the first one once more, with a share of 0.
         batch = batches[number] if has_work else batches[0]
-        # The loss of a micro-batch is a mean over it. With its share of all trajectories, the micro-batches add up to
-        # the mean over all trajectories. (Those left out in step 1 would add 0.)
+        # The loss of a micro-batch is a mean over it. Times the micro-batch's share of all trajectories, these means
+        # add up to the mean over all trajectories. (Those left out in step 1 would add 0.)
         share = len(batch) / len(trajectories) if has_work else 0.0
 
         # In DDP training we only need to sync gradients at the last micro-batch. Until then they add up in each
@@ -714,6 +715,8 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
     last_step, metrics = 0, []
     if config.resume:
         last_step, metrics = load_checkpoint(output, policy, optimizer, reference)
+    if last_step > config.steps:
+        fail(f"--steps {config.steps}: the run in {output} has {last_step} already; give as many or more")
 
     # An evaluation samples no more responses at a time than training does, so that it needs no more memory.
     sample_batch = min(config.sample_batch, math.ceil(P / WORLD_SIZE) * G)
@@ -873,7 +876,7 @@ def final_answer(text: str) -> str | None:
     r"""The final answer of a response, or None.
 
     It is the contents of the last \boxed{}. Without a box, it is the first number after the last "####" or "answer is".
-    Without these words, it is the last number. What stands before an "=" does not count.
+    Without these words, it is the last number. Of a sentence or line, only what follows its last "=" counts.
 
     >>> final_answer(r"So it is \boxed{18}, not 17.")
     '18'
@@ -928,7 +931,7 @@ def is_right(given: str | None, answer: str) -> float:
         return 1.0
 
     # A formula such as 9^{9^{9}} would take forever. math_verify's time limit uses a signal, which works in the main
-    # thread only. In a program that grades in other threads, 0 switches the limit off.
+    # thread only. In a program that grades in other threads, 0 switches the limit off, and such a formula can hang.
     seconds = 2 if threading.current_thread() is threading.main_thread() else 0
     options = {
         "extraction_config": [LatexExtractionConfig()],
@@ -998,7 +1001,7 @@ TASKS = {
 
 def add_prompts(problems, task, tokenizer) -> None:
     """Gives each problem its "prompt", token ids, as the task and the model's chat template want it."""
-    # Base models of Qwen2.5, too, have a chat template, and are asked by it.
+    # Base models of Qwen2.5, too, have a chat template, and are prompted with it.
     has_template = tokenizer.chat_template is not None
     for problem in problems:
         text = task.prompt.replace("{question}", problem["question"])
@@ -1200,13 +1203,15 @@ def default_dtype(device: str) -> str:
 def default_recipe(model, task, device) -> dict:
     """The defaults that depend on the model, the task and the device that a command names.
 
-    Without a model, this picks one that the machine can train, and a task that this model can learn.
+    Without a model and a task, this picks a pair that the machine can train. With a task for real models, it picks the
+    smallest real model even where there is no large GPU.
     """
     if model is not None:
         return {"task": "gsm8k"}
     gigabytes = 0.0
     if device == "cuda" and torch.cuda.is_available():
         gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
+    # A GPU that is sold with 24 GB may report no more than 22.
     if task == "sums" or (task is None and gigabytes < 22):
         return LAPTOP
     # With the other defaults, 1.5B parameters take about 50 GB, and 0.5B about 20 GB. README has the arithmetic.
@@ -1259,7 +1264,7 @@ def check_device(device) -> None:
         if num_gpus == 0:
             fail("--device cuda: torch finds no GPU here; take --device cpu, or a torch that was built for your GPU")
         if num_processes > num_gpus:
-            fail(f"torchrun --nproc-per-node {num_processes}: more than the {num_gpus} of this machine's GPUs")
+            fail(f"torchrun --nproc-per-node {num_processes}: but this machine has {num_gpus} GPUs")
     if device == "mps" and not torch.backends.mps.is_available():
         fail("--device mps: torch finds no Apple GPU here; take --device cpu")
 

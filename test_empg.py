@@ -1078,6 +1078,7 @@ def test_a_run_is_not_taken_up_by_other_options(tiny, tmp_path, capfd, odd_is_ri
     more = {"eval_every": 0, "save_every": 1, "sample_batch": 4, "micro_batch_tokens": 30}
     empg.main(options(tiny, out, "--resume", steps=3, **more | {"eval_every": 3}))
     assert [row["step"] for row in metrics(out)][-2:] == [3, 3]
+    check("--steps 2", "has 3 already", steps=2, eval_every=3)
     (checkpoint,) = out.glob("checkpoint-*")
     part = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
     for content in (part.read_bytes()[:100], b""):
@@ -1118,8 +1119,8 @@ def test_devices_that_are_not_there(monkeypatch, tiny, tmp_path, capfd):
         refuses(capfd, empg.main, options(tiny, tmp_path / "out", device=device), f"--device {device}", "--device cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    refuses(capfd, lambda words: empg.check_device(words[0]), ["cuda"], "--nproc-per-node 4", "the 2 of")
-    refuses(capfd, scoring.main, ["--model=x", "--device=cuda"], "--nproc-per-node 4", "the 2 of")
+    refuses(capfd, lambda words: empg.check_device(words[0]), ["cuda"], "--nproc-per-node 4", "has 2 GPUs")
+    refuses(capfd, scoring.main, ["--model=x", "--device=cuda"], "--nproc-per-node 4", "has 2 GPUs")
 
 
 # ---- eval.py: scores, comparisons, curves
