@@ -116,7 +116,7 @@ class Config:
         None, "Name of a model on the Hugging Face hub, or a directory. Default: one that fits this machine."
     )
     task: str | None = option(
-        None, "What to learn: sums, gsm8k or math-hard. Default: gsm8k, or sums with the built-in model."
+        None, "What to learn: sums, gsm8k or math-hard. Default: gsm8k with --model, else what fits this machine."
     )
     data: str | None = option(
         None, "Name of a dataset on the hub, or a directory with train.jsonl and test.jsonl, instead of the task's own."
@@ -452,9 +452,9 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, tokens: Tensor) -> Ten
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOGIT_ROWS, chunking_method=None)
     logprobs = -F.linear_cross_entropy(hidden, output_weight, tokens, reduction="none", options=options)
     # In a bfloat16 run, torch's function computes logits and softmax in float32, but returns bfloat16: a
-    # log-probability of -10 is right to 0.03 only. The gradient does not see that rounding, and in the mean over tokens
-    # that `update` reports as the entropy, it averages out. A ratio of two probabilities, which EMPG has no use for,
-    # would be a few percent off.
+    # log-probability of -10 is accurate only to 0.03. The gradient does not see that rounding, and in the mean over
+    # tokens that `update` reports as the entropy, it averages out. A ratio of two probabilities, which EMPG has no use
+    # for, would be a few percent off.
     return logprobs.float()
 
 
@@ -627,7 +627,7 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     Takes: trajectories, the dicts of `sample_trajectories`, each with its "weight" R̃ - b. They are those of all
         processes, which share the work.
     Returns: a dict with loss;
-        grad_norm, the gradient's norm before it is limited;
+        grad_norm, the gradient's norm before clipping;
         skipped_updates, 1 if the gradient was not finite, so that θ was left as it is, else 0;
         entropy, the mean of -log π_θ over the tokens that were computed, in nats (nan if there were none);
         kl, the mean of the KL over these tokens, in nats (nan without a reference).
@@ -875,8 +875,9 @@ NUMBER = re.compile(
 def final_answer(text: str) -> str | None:
     r"""The final answer of a response, or None.
 
-    It is the contents of the last \boxed{}. Without a box, it is the first number after the last "####" or "answer is".
-    Without these words, it is the last number. Of a sentence or line, only what follows its last "=" counts.
+    It is the contents of the last \boxed{}. Without a closed box, it is the first number after the last "####" or
+    "answer is". Without these words, it is the last number. Of a sentence or line, only what follows its last "="
+    counts.
 
     >>> final_answer(r"So it is \boxed{18}, not 17.")
     '18'
@@ -1059,8 +1060,8 @@ def start_processes(device) -> None:
     store: dist.Store = dist.HashStore()
     if WORLD_SIZE > 1:
         store, _, _ = next(dist.rendezvous("env://", RANK, WORLD_SIZE))
-    # The processes find each other in this store. When torchrun restarts them after a crash, it still has what the dead
-    # processes wrote. The number of the restart, put before each key, keeps the new ones from reading that.
+    # The processes find each other in this store. When torchrun restarts them, the store still holds what the dead ones
+    # wrote. So put the number of the restart before every key: then the new processes do not read the old entries.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     # On GPUs, gradients travel by NCCL (with FSDP, weights as well), and everything else by gloo. The processes wait
     # for each other for up to an hour, in case one of them is slow to download the model.
@@ -1203,8 +1204,8 @@ def default_dtype(device: str) -> str:
 def default_recipe(model, task, device) -> dict:
     """The defaults that depend on the model, the task and the device that a command names.
 
-    Without a model and a task, this picks a pair that the machine can train. With a task for real models, it picks the
-    smallest real model even where there is no large GPU.
+    Without a model and a task, this picks a pair that the machine can train. With any task but sums, it picks a real
+    model: the smallest, unless there is a large GPU. A model that is named, even base/, gets the defaults of Config.
     """
     if model is not None:
         return {"task": "gsm8k"}
