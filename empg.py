@@ -1415,14 +1415,14 @@ def main(argv=None) -> None:
     say(str(config))
     say(f"{len(problems)} problems to train on, {len(held_out)} held out")
 
-    policy = distribute(policy, config)
     _, old_policy = load_model(config.model, getattr(torch, config.dtype))
     old_policy = old_policy.requires_grad_(False).to(config.device)
     reference = None
     if config.beta:
         _, reference = load_model(config.model)
         reference = distribute(reference.requires_grad_(False), config)
-    train(config, policy, old_policy, reference, tokenizer, problems, held_out, output)
+    # DDP holds on to the process group, and has to be gone before it is. So it gets no name here: it ends with `train`.
+    train(config, distribute(policy, config), old_policy, reference, tokenizer, problems, held_out, output)
 
     if RANK == 0:
         old_policy.save_pretrained(output / "model")

@@ -856,7 +856,7 @@ def test_mistake_held_out_problems_in_training(tiny, tmp_path, monkeypatch):
 # What a run sees and does: its trajectories, and the gradients of its updates. Prompts are of unequal length, and few have
 # signal, so that the processes differ in work.
 CHILD = f"""
-import dataclasses, os, sys
+import dataclasses, gc, os, sys
 sys.path.insert(0, {str(HERE)!r})
 import torch, empg
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -876,6 +876,10 @@ def hook(optimizer, args, kwargs):
     seen["held"] = sum(getattr(t, "_local_tensor", t).numel() for tensors in held for t in tensors if t.ndim)
     seen["gradients"].append(torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten() for g in grads]))
 register_optimizer_step_pre_hook(hook)
+def destroy(destroy=empg.dist.destroy_process_group):  # DDP that outlives its process group can hang
+    assert not any(type(thing).__name__ == "DistributedDataParallel" for thing in gc.get_objects())
+    destroy()
+empg.dist.destroy_process_group = destroy
 """
 SAVE = 'empg.main(sys.argv[2:])\ntorch.save(seen, sys.argv[1] + "." + os.environ.get("RANK", "0"))\n'
 WATCH = [sys.executable, "-c", CHILD + SAVE]
