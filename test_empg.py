@@ -821,7 +821,7 @@ def test_the_reference_stays_or_follows(tiny, tmp_path, odd_is_right, monkeypatc
             expected = decay * expected + (1 - decay) * theta
         kl = [row["kl"] for row in metrics(tmp_path / str(decay))]
         assert kl[0] == pytest.approx(0, abs=1e-6) and max(kl) > 1e-5 and len(placed) == 2
-        torch.testing.assert_close(flat(placed[1]), expected)
+        torch.testing.assert_close(flat(placed[0]), expected)  # the reference; after it the policy
         for steps in (3, 5):
             empg.main(options(tiny, tmp_path / f"{decay}-parts", "--resume", steps=steps, **more))
         same_run(tmp_path / str(decay), tmp_path / f"{decay}-parts")
