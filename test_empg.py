@@ -47,8 +47,12 @@ import behaviours
 import ema_pg
 import gradients
 import grpo
+import importance
+import kl_estimators
 import make
 import prompts_once
+import svrg
+import tables
 import word_problems
 
 # ---- Toy policies: every trajectory can be enumerated
@@ -213,6 +217,26 @@ def test_topk_kl_is_exact_in_value_and_gradient(k):
     mean = (pi.detach() * ema_pg.kl_topk(logits.expand(8, 8), ref.expand(8, 8), torch.arange(8), k)).sum()
     torch.testing.assert_close(mean, exact)
     torch.testing.assert_close(gradient(mean, logits), gradient(exact, logits), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, 11, 12])
+def test_mistake_logarithm_of_the_tail_detached(k):
+    """Enumerated over 12 tokens, the tail of released code has the right values, but its expected gradient lacks the one of
+    the tail's probability: nothing at k = 0 and 12, more than half of the gradient at k = 1, on average over distributions."""
+    one = torch.arange(12)
+    shares = []
+    for seed in range(20):
+        logits, ref = toy_logits(seed, (12,)), toy_logits(100 + seed, (12,)).detach()
+        pi = logits.softmax(-1)
+        both = logits.expand(12, 12), ref.expand(12, 12)
+        right, wrong = (f(*both, one, k) for f in (ema_pg.kl_topk, kl_estimators.kl_topk_detached))
+        torch.testing.assert_close(right, wrong)
+        exact, detached = (gradient((pi.detach() * value).sum(), logits) for value in (right, wrong))
+        tail = gradient(pi.sum() - pi.topk(k).values.sum(), logits)
+        lacking = tail if 0 < k < 12 else torch.zeros(12, dtype=torch.float64)
+        torch.testing.assert_close(exact - detached, lacking, rtol=1e-9, atol=1e-12)
+        shares.append((lacking.norm() / exact.norm()).item())
+    assert np.mean(shares) == pytest.approx({0: 0, 1: 0.6, 4: 0.4, 11: 0.04, 12: 0}[k], abs=0.1)
 
 
 @pytest.mark.parametrize("module", [empg, grpo, gradients, ablations, ema_pg, prompts_once])
@@ -1277,6 +1301,89 @@ def test_grpo_is_the_formula_of_deepseekmath(clip):
     assert (advantages[1] == 0).all()
 
 
+def test_importance_weights_are_exact_at_any_distance():
+    """Enumerated, samples of θ* weighted by P_θ(τ)/P_θ*(τ) give the policy gradient of a θ far from it, and EMPG's do not;
+    where θ = θ*, the clipped loss, too, has EMPG's gradient; beyond the clip it has none."""
+    logits = toy_logits(5)
+    logprobs, old = toy_logprobs(logits), toy_logprobs(toy_logits(6)).detach()
+    weights = 7 * old.sum(1).exp() * RIGHT  # so that the mean over the seven is the expectation under θ*
+    true = gradient((logprobs.sum(1).exp() * RIGHT).sum(), logits)
+    torch.testing.assert_close(gradient(importance.trajectory_loss(logprobs, old, MASK, weights), logits), -true)
+    assert (gradient(empg.empg_loss(logprobs, MASK, weights), logits) + true).norm() > 0.1 * true.norm()
+    for loss in importance.LOSSES.values():
+        ours = gradient(loss(logprobs, logprobs.detach(), MASK, weights - 1), logits)
+        torch.testing.assert_close(ours, gradient(empg.empg_loss(logprobs, MASK, weights - 1), logits))
+    far = logprobs.detach() - 0.5  # every ratio is 1.65
+    assert (gradient(importance.clipped_loss(logprobs, far, MASK, torch.ones(7)), logits) == 0).all()
+    assert (gradient(importance.clipped_loss(logprobs, far, MASK, -torch.ones(7)), logits) != 0).any()
+
+
+def test_svrg_is_its_formula(monkeypatch):
+    """Each step follows g_B(θ) - g_B(θ*) + g_D(θ*), from plain passes; where θ = θ*, that is the gradient of the whole buffer
+    for every part, and without the control variate only the mean of the parts is."""
+
+    def steps(lr, control_variate):
+        model, found = make_model(), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        optimizer.register_step_pre_hook(lambda *_: found.append((flat(model), flat_grad(model))))
+        svrg.update(model, optimizer, rows_with(WEIGHTS), config(), parts=4, control_variate=control_variate)
+        return found
+
+    def of(theta, rows):
+        """The gradient of the mean over these trajectories, by the plain formula."""
+        model = make_model()
+        torch.nn.utils.vector_to_parameters(theta, model.parameters())
+        terms = [row["weight"] * plain_logprobs(model, row["prompt"], row["response"]).sum() for row in rows]
+        (-torch.stack(terms).mean()).backward()
+        return flat_grad(model)
+
+    rows, base = rows_with(WEIGHTS), flat(make_model())
+    parts = svrg.random_parts(rows, 4, [0, 0])
+    assert (
+        sorted(map(rows.index, itertools.chain(*parts))) == list(range(8)) and [len(part) for part in parts] == [2] * 4
+    )
+    whole = of(base, rows)
+    for part, (theta, got) in zip(parts, steps(0.1, True), strict=True):
+        assert same_gradient(got, of(theta, part) - of(base, part) + whole)
+    assert all(same_gradient(got, whole) for _, got in steps(0.0, True))
+    plain = [got for _, got in steps(0.0, False)]
+    assert same_gradient(sum(plain) / 4, whole) and not same_gradient(plain[0], whole)
+
+
+def test_svrg_resumes_as_it_would_have_gone_on(tiny, tmp_path, odd_is_right, monkeypatch):
+    """Every buffer is split in another way, in a resumed run, too."""
+    monkeypatch.setattr(empg, "update", functools.partial(svrg.update, parts=3, control_variate=True))
+    splits = []
+    spy(monkeypatch, "random_parts", lambda args, _, parts: splits.append(args[2][1]), svrg)
+    empg.main(options(tiny, tmp_path / "whole", steps=4))
+    assert splits == [0, 3, 6, 9]
+    for steps in (2, 4):
+        empg.main(options(tiny, tmp_path / "parts", "--resume", steps=steps))
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_tables_and_pictures_of_studies(tmp_path):
+    """A row of a table has the mean and the deviation of its seeds; importance.py draws a line for each kind."""
+    for kind, updates, seed, last in (("none", 2, 0, 0.5), ("none", 2, 1, 0.7), ("clipped", 4, 0, 0.9)):
+        run = tmp_path / f"{kind}-{updates}-{seed}"
+        run.mkdir()
+        train = {"reward": 0.3, "response_tokens": 4.0 + seed, "kl": None, "step_seconds": 2.0}
+        rows = [{"step": 0, "eval_accuracy": 0.1}]
+        for step, accuracy in ((10, 0.4), (20, 0.3), (30, last)):
+            rows += [{"step": step - 9 + i, **train} for i in range(10)] + [{"step": step, "eval_accuracy": accuracy}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = sorted(str(path) for path in tmp_path.iterdir())
+    head, _, first, second = tables.table(runs, seconds=45).splitlines()
+    assert head.count("|") == first.count("|") and "kl" not in head
+    assert [cell.strip() for cell in second.split("|")[1:7]] == [
+        "none-2", "2", "0.400 ± 0.000", "0.300 ± 0.000", "0.600 ± 0.141", "0.300 ± 0.000"]  # fmt: skip
+    assert "| 4.500 ± 0.707 | 2.000 ± 0.000 | 0.300 ± 0.000 | 20.000 ± 0.000 |" in second and first.startswith(
+        "| clipped-4 | 1"
+    )
+    importance.draw(str(tmp_path / "picture.png"), runs)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
 def test_studies_replace_what_they_say(tiny, tmp_path, odd_is_right, monkeypatch):
     """grpo.py, ablations.py and prompts_once.py train through empg.main with their own pieces: another loss, for which each
     trajectory keeps its log-probabilities under θ*; no smoothing; the same trajectories and gradients in other passes."""
@@ -1290,6 +1397,19 @@ def test_studies_replace_what_they_say(tiny, tmp_path, odd_is_right, monkeypatch
     empg.main(options(tiny, tmp_path / "grpo", steps=1, eval_every=0, updates=2))
     (first, first_old), (second, second_old) = old
     assert torch.equal(first, first_old) and torch.equal(first_old, second_old) and not torch.equal(second, second_old)
+    vars(empg).update(pieces)
+    ratios = []
+    for kind in importance.LOSSES:
+        spy(
+            monkeypatch,
+            f"{kind}_loss",
+            lambda args, *_: ratios.append((args[0] - args[1]).abs().max().item()),
+            importance,
+        )
+        monkeypatch.setitem(importance.LOSSES, kind, getattr(importance, f"{kind}_loss"))
+        importance.replace(kind)
+        empg.main(options(tiny, tmp_path / kind, steps=1, eval_every=0, updates=2))
+    assert len(ratios) == 4 and ratios[0] == ratios[2] == 0 < min(ratios[1], ratios[3])
     vars(empg).update(pieces)
     ablations.replace("none", "batch", True)
     empg.main(options(tiny, tmp_path / "ablations", steps=1, eval_every=0))
@@ -1307,6 +1427,18 @@ def test_studies_that_measure(tiny, tmp_path, odd_is_right, capsys):
     gradients.main(str(tmp_path / "g.png"), tiny, seeds=1, batches=3, updates=2)
     assert (tmp_path / "g.png").stat().st_size > 10_000
     assert "after  0 updates: KL 0.000  ESS 1.000  cosine 1.000  norm ratio 1.000" in capsys.readouterr().out
+    svrg.measure(str(tmp_path / "s.png"), tiny, seeds=1, draws=50, prompts=3, sizes=(4, 16))
+    found = re.findall(
+        r"(with|without) the control variate .*?\| +([\d.]+) \(([\d.]+)\) +([\d.]+)", capsys.readouterr().out
+    )
+    assert [kind for kind, *_ in found] == ["without", "with"] * 4
+    (small, cosine, large), (corrected, better, _) = (map(float, row[1:]) for row in found[:2])
+    assert 8 > small / large > 3 and corrected < small / 3 and better > cosine  # (1/4 - 1/48) / (1/16 - 1/48) = 5.5
+    kl_estimators.main(str(tmp_path / "k.png"), pairs=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 16 and all(float(line.split()[-2]) == 0 for line in lines if line.startswith("top-k  "))
+    for name in "sk":
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     assert gradients.effective_sample_size(torch.tensor([1000.0, 0, 0, 0])) == pytest.approx(0.25)
     texts = ["Step 1: add.", "Case 1: x. Case 1.", "Let's verify the sum.", "Wait, no.", "Let me reconsider."]
     found = behaviours.find([*texts, "The waiter made three cakes.", "She reached step 10.", "A checkered flag."])

@@ -38,20 +38,31 @@ def gradient(model, log_p: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
 
 
+def load_sums(model_name: str):
+    """Tokenizer, model and training problems of the task sums."""
+    tokenizer, model = empg.load_model(model_name, torch.float32)
+    problems = empg.TASKS["sums"].problems(None, "train")
+    empg.add_prompts(problems, empg.TASKS["sums"], tokenizer)
+    return tokenizer, model, problems
+
+
+def sample_batch(tokenizer, model, problems, P: int, G: int, rng, seed: int) -> tuple[list[dict], torch.Tensor]:
+    """The trajectories of P random problems, G for each, and their smoothed rewards, (P, G)."""
+    chosen = [problems[i] for i in rng.choice(len(problems), P, replace=False)]
+    rows = empg.sample_trajectories(model, tokenizer, empg.TASKS["sums"], chosen, G, 40, P * G, 1.0, seed)
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    return rows, empg.smooth_rewards(rewards).view(P, G)
+
+
 def study(model_name: str, seed: int, batches: int, updates: int, P: int = 32, G: int = 16) -> tuple[dict, list]:
     """One seed's variance for each baseline, and a row [KL(θ* ‖ θ) in nats per response, effective sample size, cosine and
     norm ratio of the gradient without weights to the one with them] after 0, 1, ... updates on one batch."""
-    tokenizer, model = empg.load_model(model_name, torch.float32)
-    task = empg.TASKS["sums"]
-    problems = task.problems(None, "train")
-    empg.add_prompts(problems, task, tokenizer)
+    tokenizer, model, problems = load_sums(model_name)
     rng = np.random.default_rng(seed)
 
     def draw(batch: int) -> tuple:
-        some = [problems[i] for i in rng.choice(len(problems), P, replace=False)]
-        rows = empg.sample_trajectories(model, tokenizer, task, some, G, 40, P * G, 1.0, seed * 10**12 + batch * 10**6)
-        rewards = empg.smooth_rewards(torch.tensor([row["reward"] for row in rows], dtype=torch.float64)).view(P, G)
-        return [problem["prompt"] for problem in some], [row["response"] for row in rows], rewards
+        rows, rewards = sample_batch(tokenizer, model, problems, P, G, rng, seed * 10**12 + batch * 10**6)
+        return [row["prompt"] for row in rows], [row["response"] for row in rows], rewards
 
     found: dict[str, list] = {kind: [] for kind in BASELINES}
     for batch in range(batches):

@@ -7,6 +7,7 @@ With --updates K a batch is learned from K times. At the first time θ = θ*: ev
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,21 +30,30 @@ def grpo_advantages(rewards: torch.Tensor, epsilon: float = 1e-6) -> torch.Tenso
     return centred / (rewards.std(dim=1, correction=0, keepdim=True) + epsilon)
 
 
-def grpo_loss(logprobs, old_logprobs, mask, advantages, clip: float = 0.2) -> torch.Tensor:
-    """-(1/N) Σᵢ (1/|τᵢ|) Σₜ min(ρₜ Aᵢ, clamp(ρₜ, 1 - clip, 1 + clip) Aᵢ), with ρₜ = π_θ / π_θ* (DeepSeekMath, Eq. 3).
+def clipped_gains(logprobs, old_logprobs, mask, advantages, clip: float = 0.2) -> torch.Tensor:
+    """min(ρₜ Aᵢ, clamp(ρₜ, 1 - clip, 1 + clip) Aᵢ) of each token, with ρₜ = π_θ / π_θ*, and 0 on padding.
 
     (N, T) log-probabilities of the response tokens under π_θ, with gradient, and under π_θ*; (N, T) mask; (N,) advantages →
-    a scalar. Where ρ = 1, what is left of the difference to `empg_loss` is the mean over tokens, and the advantage.
+    (N, T).
     """
     ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0).exp()
     gain = ratio * advantages[:, None]
     clipped_gain = ratio.clamp(1 - clip, 1 + clip) * advantages[:, None]
-    per_token = torch.min(gain, clipped_gain) * mask
-    return -(per_token.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+    return torch.min(gain, clipped_gain) * mask
 
 
-def micro_batch_loss(policy, batch, config, reference=None):
-    """As `empg.micro_batch_loss`, with `grpo_loss` in place of `empg_loss`. A KL term stays empg.py's."""
+def grpo_loss(logprobs, old_logprobs, mask, advantages, clip: float = 0.2) -> torch.Tensor:
+    """-(1/N) Σᵢ (1/|τᵢ|) Σₜ min(ρₜ Aᵢ, clamp(ρₜ, 1 - clip, 1 + clip) Aᵢ) (DeepSeekMath, Eq. 3).
+
+    Takes what `clipped_gains` does, and returns a scalar. Where ρ = 1, what is left of the difference to `empg_loss` is the
+    mean over tokens, and the advantage.
+    """
+    gains = clipped_gains(logprobs, old_logprobs, mask, advantages, clip)
+    return -(gains.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+
+
+def micro_batch_loss(policy, batch, config, reference=None, *, policy_loss):
+    """As `empg.micro_batch_loss`, with a loss that takes old log-probabilities, too. A KL term stays empg.py's."""
     prompts = [trajectory["prompt"] for trajectory in batch]
     responses = [trajectory["response"] for trajectory in batch]
     scores = empg.log_probs(policy, prompts, responses, config.temperature, reference)
@@ -55,7 +65,7 @@ def micro_batch_loss(policy, batch, config, reference=None):
         trajectory.setdefault("old_logprobs", values[is_token])
     old_logprobs = pad_sequence([trajectory["old_logprobs"] for trajectory in batch], batch_first=True)
     advantages = torch.tensor([trajectory["weight"] for trajectory in batch], device=logprobs.device)
-    loss = grpo_loss(logprobs, old_logprobs, mask, advantages)
+    loss = policy_loss(logprobs, old_logprobs, mask, advantages)
 
     sums = {"tokens": mask.sum().item(), "logprobs": logprobs.sum().item(), "kl": 0.0}
     if reference is not None:
@@ -68,7 +78,7 @@ def replace() -> None:
     """Makes empg.py do GRPO."""
     empg.smooth_rewards = lambda rewards: rewards
     empg.subtract_baseline = grpo_advantages
-    empg.micro_batch_loss = micro_batch_loss
+    empg.micro_batch_loss = partial(micro_batch_loss, policy_loss=grpo_loss)
 
 
 if __name__ == "__main__":

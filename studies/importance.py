@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Off-policy updates with the importance weights that EMPG leaves out.
+
+    python studies/importance.py --weights trajectory --updates 4 [the options of empg.py]
+    python studies/importance.py --weights clipped --updates 4
+    python studies/importance.py --draw PICTURE.png RUN [RUN ...]       runs named KIND-UPDATES-SEED, on one axis
+
+`trajectory` multiplies each term of Eq. 12 by P_θ(τ)/P_θ*(τ). Then an average over samples of θ* has the expectation of one
+over samples of θ, at any distance. `clipped` takes the ratio of each token instead, and clips it, as PPO and GRPO do.
+Smoothing and baseline stay EMPG's. At the first update on a batch every ratio is 1, and all three gradients are the same.
+"""
+
+import argparse
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import grpo
+from tables import accuracies
+
+import empg
+
+
+def trajectory_loss(logprobs, old_logprobs, mask, weights) -> torch.Tensor:
+    """-(1/N) Σᵢ wᵢ ρᵢ, with ρ = P_θ(τ)/P_θ*(τ). Since ∇ρ = ρ ∇log P_θ(τ), its gradient is that of Eq. 12, each term times ρ.
+
+    (N, T) log-probabilities of the response tokens under π_θ, with gradient, and under π_θ*; (N, T) mask; (N,) weights →
+    a scalar.
+    """
+    log_ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0).sum(dim=1)
+    return -(weights * log_ratio.exp()).mean()
+
+
+def clipped_loss(logprobs, old_logprobs, mask, weights, clip: float = 0.2) -> torch.Tensor:
+    """-(1/N) Σᵢ Σₜ min(ρₜ wᵢ, clamp(ρₜ, 1 - clip, 1 + clip) wᵢ), with ρₜ = π_θ/π_θ*: `grpo_loss` with a sum over tokens.
+
+    Takes and returns what `trajectory_loss` does.
+    """
+    return -grpo.clipped_gains(logprobs, old_logprobs, mask, weights, clip).sum(dim=1).mean()
+
+
+LOSSES = {"trajectory": trajectory_loss, "clipped": clipped_loss}
+
+
+def replace(kind: str) -> None:
+    """Puts the importance weights into empg.py's loss."""
+    empg.micro_batch_loss = partial(grpo.micro_batch_loss, policy_loss=LOSSES[kind])
+
+
+def draw(picture: str, runs: list[str]) -> None:
+    """Held-out accuracy against the number of updates, a line for each kind of weights."""
+    from matplotlib.figure import Figure
+
+    found: dict[str, dict[int, list]] = {}
+    for run in runs:
+        kind, updates, _ = re.fullmatch(r"(.+)-(\d+)-(\d+)", Path(run).name).groups()
+        found.setdefault(kind, {}).setdefault(int(updates), []).append(accuracies(run))
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    panels = (("after 10 iterations", lambda curve: curve[10]), ("at the end", lambda curve: curve[max(curve)]))
+    for (kind, by_updates), colour, line in zip(found.items(), ("#0072B2", "#D55E00", "#009E73"), ("-", "--", "-.")):
+        updates = sorted(by_updates)
+        for axis, (title, value) in zip(axes, panels):
+            rows = [[value(curve) for curve in by_updates[number]] for number in updates]
+            axis.plot(updates, [np.mean(row) for row in rows], line, color=colour, marker="o", markersize=3, label=kind)
+            axis.fill_between(updates, [min(row) for row in rows], [max(row) for row in rows], color=colour, alpha=0.2)
+            axis.set(title=title, xlabel="updates on a batch", xscale="log", xticks=updates, xticklabels=updates)
+            axis.minorticks_off()
+    axes[0].set(ylabel="held-out accuracy")
+    axes[0].legend(frameon=False)
+    figure.savefig(picture, dpi=200)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--weights", choices=LOSSES)
+    choice.add_argument("--draw", nargs="+", metavar=("PICTURE.png", "RUN"))
+    chosen, rest = parser.parse_known_args()
+    if chosen.draw:
+        draw(chosen.draw[0], chosen.draw[1:])
+    else:
+        replace(chosen.weights)
+        empg.main(rest)

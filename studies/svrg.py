@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Variance-reduced policy gradient: several updates on a buffer, each with the gradient of a part of it.
+
+    python studies/svrg.py --parts 4 [the options of empg.py]                      with the control variate
+    python studies/svrg.py --parts 4 --no-control-variate [...]                    without
+    python studies/svrg.py --measure PICTURE.png                                   variance and cosine of the gradients
+
+The gradient g_B(θ) of a part B of the buffer D is a noisy estimate of that of the whole, g_D(θ). SVRG (Johnson and Zhang
+2013; for policy gradients Xu, Liu and Peng 2017) corrects it by how far the same part was off at θ*, where both are known:
+
+    g_B(θ) - g_B(θ*) + g_D(θ*).
+
+Its mean over the parts is g_D(θ), too. It has little variance while θ is near θ*, since g_B(θ) is then near g_B(θ*).
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import replace as changed
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gradients import load_sums, sample_batch
+
+import empg
+
+empg_update = empg.update
+
+
+def gradient(policy, trajectories, config, reference=None) -> tuple[list[Tensor], dict]:
+    """The gradient that `empg.update` would follow, before it is clipped, and its statistics. θ stays as it is."""
+    found = [torch.zeros_like(parameter) for parameter in policy.parameters()]
+
+    def keep(*_):
+        for tensor, parameter in zip(found, policy.parameters(), strict=True):
+            tensor.copy_(parameter.grad)
+
+    # An optimizer with a learning rate of 0 leaves θ as it is. Before its step it shows us the gradient.
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(keep)
+    statistics = empg_update(policy, optimizer, trajectories, changed(config, max_grad_norm=math.inf), reference)
+    return found, statistics
+
+
+def random_parts(trajectories: list, parts: int, seed) -> list[list]:
+    """Splits trajectories at random into so many parts of equal size, up to one."""
+    order = np.random.default_rng(seed).permutation(len(trajectories))
+    return [[trajectories[i] for i in order[part::parts]] for part in range(parts)]
+
+
+def update(policy, optimizer, trajectories, config, reference=None, *, parts: int, control_variate: bool) -> dict:
+    """In place of `empg.update`: one step of θ for each part of the buffer.
+
+    With the control variate it keeps a gradient of the size of θ for each part, and for the whole. SVRG as published
+    computes the part's gradient at θ* anew. That needs less memory, and a third pass over the buffer.
+    """
+    # AdamW counts its steps, and a checkpoint keeps the number. With it as a seed, every buffer is split in another way,
+    # and a resumed run splits as the run would have.
+    state = optimizer.state.get(next(policy.parameters()), {})
+    split = random_parts(trajectories, parts, [config.seed, int(state.get("step", 0))])
+
+    # 1) θ is still θ*. Take every part's gradient there. Their mean is that of the whole buffer.
+    if control_variate:
+        at_old = [gradient(policy, part, config, reference)[0] for part in split]
+        shares = [len(part) / len(trajectories) for part in split]
+        whole = [sum(share * g for share, g in zip(shares, tensors)) for tensors in zip(*at_old)]
+
+    # 2) One step for each part.
+    all_statistics = []
+    for number, part in enumerate(split):
+        direction, statistics = gradient(policy, part, config, reference)
+        all_statistics.append(statistics)
+        if control_variate:
+            triples = zip(direction, at_old[number], whole)
+            direction = [g - g_old + g_whole for g, g_old, g_whole in triples]
+        for parameter, g in zip(policy.parameters(), direction):
+            parameter.grad = g
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        if not statistics["skipped_updates"]:
+            optimizer.step()
+        optimizer.zero_grad()
+
+    skipped = sum(statistics["skipped_updates"] for statistics in all_statistics)
+    return all_statistics[-1] | {"skipped_updates": skipped}
+
+
+# ---- What the control variate does to the gradient, measured on the task sums
+
+
+def trajectory_gradients(model, trajectories: list[dict]) -> Tensor:
+    """(N, parameters): minus the term of each trajectory in Eq. 12, whose mean over a part is the part's gradient."""
+    rows = []
+    for trajectory in trajectories:
+        logprobs, mask = empg.log_probs(model, [trajectory["prompt"]], [trajectory["response"]])
+        loss = empg.empg_loss(logprobs, mask, torch.tensor([trajectory["weight"]]))
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    return torch.stack(rows)
+
+
+def study(model_name: str, seed: int, sizes, distances, draws: int, prompts: int) -> dict:
+    """{(updates since θ*, with or without): rows of [variance / |g_D|², cosine to g_D], one for each size of a part}."""
+    tokenizer, model, problems = load_sums(model_name)
+    rng = np.random.default_rng(seed)
+    trajectories, rewards = sample_batch(tokenizer, model, problems, prompts, 16, rng, seed * 10**12)
+    weights = empg.subtract_baseline(rewards).flatten()
+    for trajectory, weight in zip(trajectories, weights.tolist()):
+        trajectory["weight"] = weight
+
+    at_old = trajectory_gradients(model, trajectories)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    config = empg.Config(device="cpu", dtype="float32")
+    found = {}
+    for updates in range(max(distances) + 1):
+        if updates in distances:
+            now = trajectory_gradients(model, trajectories)
+            whole = now.mean(dim=0)
+            for corrected in (False, True):
+                rows = []
+                for size in sizes:
+                    parts = np.stack([rng.choice(len(now), size, replace=False) for _ in range(draws)])
+                    means = torch.zeros(draws, len(now)).scatter_(1, torch.tensor(parts), 1 / size)
+                    estimates = means @ now
+                    if corrected:
+                        estimates = estimates - means @ at_old + at_old.mean(dim=0)
+                    variance = (estimates - whole).square().sum(dim=1).mean() / whole.square().sum()
+                    cosine = torch.cosine_similarity(estimates, whole[None]).mean()
+                    rows.append([variance.item(), cosine.item()])
+                found[updates, corrected] = rows
+        empg_update(model, optimizer, trajectories, config)
+    return found
+
+
+SIZES = (8, 16, 32, 64, 128, 256)
+
+
+def measure(picture: str, model=empg.LAPTOP["model"], seeds=3, draws=100, prompts=32, sizes=SIZES) -> None:
+    """Prints the table and draws the picture."""
+    from matplotlib.figure import Figure
+
+    distances = (1, 3, 7, 15)
+    studies = [study(model, seed, sizes, distances, draws, prompts) for seed in empg.progress(range(seeds), "seeds")]
+    found = {key: np.mean([each[key] for each in studies], axis=0) for key in studies[0]}
+    print("updates since θ*, gradient            | variance / |g_D|² (cosine to g_D) by trajectories in a part")
+    print(" " * 38 + "|" + "".join(f"{size:>16}" for size in sizes))
+    for (updates, corrected), rows in found.items():
+        name = f"{updates:2}, {'with' if corrected else 'without'} the control variate"
+        print(f"{name:38}|" + "".join(f"{variance:8.3f} ({cosine:.3f})" for variance, cosine in rows))
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (updates, corrected), rows in found.items():
+        colour = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")[distances.index(updates)]
+        style = {"color": colour, "linestyle": "-" if corrected else ":", "marker": "o", "markersize": 3}
+        name = f"{'SVRG' if corrected else 'plain'}, {updates} {'updates' if updates > 1 else 'update'} from θ*"
+        left.plot(sizes, rows[:, 0], label=name, **style)
+        right.plot(sizes, rows[:, 1], **style)
+    left.set(xscale="log", yscale="log", ylabel="variance / |gradient of the buffer|²")
+    right.set(xscale="log", ylabel="cosine to the gradient of the buffer", ylim=(0, 1.02))
+    for axis in (left, right):
+        axis.set(xlabel="trajectories in a part", xticks=sizes, xticklabels=sizes)
+        axis.minorticks_off()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize="small")
+    figure.savefig(picture, dpi=200)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--parts", type=int, default=4)
+    parser.add_argument("--no-control-variate", action="store_true")
+    parser.add_argument("--measure", metavar="PICTURE.png")
+    chosen, rest = parser.parse_known_args()
+    if chosen.measure:
+        measure(chosen.measure)
+    else:
+        empg.update = partial(update, parts=chosen.parts, control_variate=not chosen.no_control_variate)
+        empg.main(rest)
