@@ -21,8 +21,8 @@ expectation-maximisation (EM):
 R̃ is the reward after smoothing, which brings it between 0 and 1. The *baseline* b is the mean of R̃ over the
 prompt's other samples. So trajectories that are better than the average become more likely, and the others less.
 
-PPO and GRPO multiply each term by an importance weight, the ratio of a token's new probability to its old one, and
-clip it. PPO also trains a second network to predict rewards. EMPG does neither.
+PPO and GRPO multiply the term of each token by the ratio of its new probability to its old one, and clip this
+ratio. PPO also trains a second network to predict rewards. EMPG does neither.
 
     Algorithm 1 of the paper                                      in this file
      1  θ ← base model                                            load_model
@@ -307,8 +307,9 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     # Rounding lets the cumulative distribution end a little off 1, so scale u to where it does end.
     total = cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).squeeze(-1)
-    # Some entry always exceeds u times the total, unless the logits are nan. Then the index is past the end, at which a
-    # GPU would abort, so take the last token. (`update` leaves θ as it was if its gradient is nan.)
+    # Some entry always exceeds u times the total, since u is at most 1 - 2⁻²⁴, which even rounding does not bring to
+    # the total itself. But if the logits are nan, the index is past the end, at which a GPU would abort. So take the
+    # last token then. (`update` leaves θ as it was if its gradient is nan.)
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
@@ -484,7 +485,7 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None):
     The model's logits have to be its output embeddings times its last hidden state; `check_model` makes sure.
 
     Takes: prompts and responses, P and P·G = N lists of token ids, as `sample` takes and returns them;
-        temperature, that of the policy (and of the reference);
+        temperature, that of the policy (and of the reference), above 0;
         reference, another model, or None.
     Returns: logprobs, (N, T) float32, in nats, 0 on padding;
         mask, (N, T), true on response tokens;
@@ -501,7 +502,9 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None):
 
     # Dividing the hidden states by the temperature divides the logits by it.
     hidden = hidden / temperature
-    # With FSDP, too, this weight is whole at this moment: `distribute` says why.
+    # Here a weight of the model is used outside its forward pass. DDP and FSDP allow that: they add up a gradient over
+    # the processes in the backward pass, wherever the weight was used. With FSDP the weight must not be split at this
+    # moment, and it is not: see `distribute`.
     output_weight = unwrap(model).get_output_embeddings().weight
     logprobs = place(token_logprobs(hidden, output_weight, tokens))
     if reference is None:
@@ -629,7 +632,7 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     Returns: a dict with loss;
         grad_norm, the gradient's norm before clipping;
         skipped_updates, 1 if the gradient was not finite, so that θ was left as it is, else 0;
-        entropy, the mean of -log π_θ over the tokens that were computed, in nats (nan if there were none);
+        entropy, in nats, estimated by the mean of -log π_θ over the tokens that were computed (nan if there were none);
         kl, the mean of the KL over these tokens, in nats (nan without a reference).
     """
     # 1) A trajectory of weight 0 has no gradient, unless the KL gives it one. Leave it out.
@@ -709,6 +712,8 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
     task = TASKS[config.task]
     P = config.prompts_per_step
     G = config.num_samples
+    # As is usual for language models, Adam remembers the squares of about 20 gradients (0.95), not of 1,000. Weight
+    # decay would pull θ towards 0, away from the base model.
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     # Line 1: θ is the base model, or what a checkpoint has made of it.
@@ -875,9 +880,9 @@ NUMBER = re.compile(
 def final_answer(text: str) -> str | None:
     r"""The final answer of a response, or None.
 
-    It is the contents of the last \boxed{}. Without a closed box, it is the first number after the last "####" or
-    "answer is". Without these words, it is the last number. Of a sentence or line, only what follows its last "="
-    counts.
+    It is the contents of the last \boxed{}. If that is not there, not closed or empty, it is the first number after the
+    last "####" or "answer is". Without these words, it is the last number. Of a sentence or line, only what follows its
+    last "=" counts.
 
     >>> final_answer(r"So it is \boxed{18}, not 17.")
     '18'
@@ -1056,6 +1061,7 @@ def start_processes(device) -> None:
         # token. It has also given gradients that are nan (PyTorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     if dist.is_initialized():
+        # A program that calls `main` may have made one already.
         return
     store: dist.Store = dist.HashStore()
     if WORLD_SIZE > 1:
@@ -1187,7 +1193,7 @@ def load_checkpoint(output, policy, optimizer, reference):
 
 
 def fail(message) -> NoReturn:
-    """Ends with one line on standard error, and exit code 2."""
+    """Ends with one line on standard error, on each machine, and exit code 2."""
     if LOCAL_RANK == 0:
         print("error:", str(message).splitlines()[0], file=sys.stderr)
     raise SystemExit(2)
@@ -1270,7 +1276,7 @@ def check_device(device) -> None:
         fail("--device mps: torch finds no Apple GPU here; take --device cpu")
 
 
-# A resumed run may have other values of these options: they do not change what is learned, up to rounding.
+# A resumed run may have other values of these options: up to rounding, they do not change what an iteration does.
 MAY_CHANGE = {"steps", "eval_every", "save_every", "wandb", "resume", "output", "device", "shard"}
 MAY_CHANGE |= {"sample_batch", "micro_batch_tokens", "gradient_checkpointing"}
 
@@ -1334,8 +1340,8 @@ def load_problems(config) -> tuple[list[dict], list[dict]]:
 def load_model(name: str, dtype="auto"):
     """A tokenizer and a model from the hub or a directory, on the CPU, in the precision as stored, or in `dtype`.
 
-    The model is in evaluation mode, without dropout, and stays so: the update needs the probabilities of the policy
-    that was sampled from.
+    `from_pretrained` returns the model in evaluation mode, without dropout, and it stays so: the update needs the
+    probabilities of the policy that was sampled from.
 
     Raises: ValueError if there is none.
     """
@@ -1398,6 +1404,7 @@ def main(argv=None) -> None:
         problems, held_out = load_problems(config)
         tokenizer, policy = load_model(config.model)
         if RANK == 0:
+            # If this ends the first process, torchrun ends the others.
             check_model(config.model, tokenizer)
         add_prompts(problems + held_out, TASKS[config.task], tokenizer)
         room = room_for_responses(problems + held_out, policy)
@@ -1421,7 +1428,8 @@ def main(argv=None) -> None:
     if config.beta:
         _, reference = load_model(config.model)
         reference = distribute(reference.requires_grad_(False), config)
-    # DDP holds on to the process group, and has to be gone before it is. So it gets no name here: it ends with `train`.
+    # The process group can hang when it is destroyed while the DDP model still exists. So that model gets no name here:
+    # it is freed when `train` returns.
     train(config, distribute(policy, config), old_policy, reference, tokenizer, problems, held_out, output)
 
     if RANK == 0:
