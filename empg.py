@@ -307,9 +307,8 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     # Rounding lets the cumulative distribution end a little off 1, so scale u to where it does end.
     total = cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).squeeze(-1)
-    # Some entry always exceeds u times the total, since u is at most 1 - 2⁻²⁴, which even rounding does not bring to
-    # the total itself. But if the logits are nan, the index is past the end, at which a GPU would abort. So take the
-    # last token then. (`update` leaves θ as it was if its gradient is nan.)
+    # If the logits are nan, no entry exceeds anything, and the index is past the end, at which a GPU would abort. So
+    # take the last token then. (`update` leaves θ as it was if its gradient is nan.)
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
@@ -454,8 +453,8 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, tokens: Tensor) -> Ten
     logprobs = -F.linear_cross_entropy(hidden, output_weight, tokens, reduction="none", options=options)
     # In a bfloat16 run, torch's function computes logits and softmax in float32, but returns bfloat16: a
     # log-probability of -10 is accurate only to 0.03. The gradient does not see that rounding, and in the mean over
-    # tokens that `update` reports as the entropy, it averages out. A ratio of two probabilities, which EMPG has no use
-    # for, would be a few percent off.
+    # tokens, by which `update` estimates the entropy, it averages out. A ratio of two probabilities, which EMPG has no
+    # use for, would be a few percent off.
     return logprobs.float()
 
 
@@ -534,7 +533,7 @@ def copy_weights(source, target) -> None:
 
 
 def sample_trajectories(
-    model, tokenizer, task, problems, num_samples, max_new_tokens, sample_batch, temperature=0.0, seed=0
+    model, tokenizer, task, problems, num_samples, max_new_tokens, sample_batch, temperature, seed=0
 ):
     """E-step, lines 6 to 9: samples G responses to each of P problems, which the processes share, and rewards them.
 
@@ -624,8 +623,8 @@ def micro_batch_loss(policy, batch, config, reference=None):
 def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     """M-step, line 12: one step of θ along the policy gradient of Eq. 12, minus β times the gradient of the KL.
 
-    The KL is that of the next-token distributions at each place in the sampled responses. Its gradient takes the
-    responses as given: that θ also changes which ones are sampled is left out, as is common.
+    The KL is that of the next-token distributions at each place in the sampled responses. θ also decides which
+    responses are sampled, and so at which places the KL is taken. As is common, the gradient leaves that out.
 
     Takes: trajectories, the dicts of `sample_trajectories`, each with its "weight" R̃ - b. They are those of all
         processes, which share the work.
