@@ -1,5 +1,5 @@
 """The second half of the lesson: each test states the claim that it proves, on policies small enough to enumerate, on
-tiny real models, and on whole runs of the commands. `pytest -q` takes two minutes on two cores and needs no network.
+tiny real models, and on whole runs of the commands. `pytest -q` takes about five minutes on two cores and needs no network.
 """
 
 import dataclasses
