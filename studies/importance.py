@@ -62,14 +62,16 @@ def draw(picture: str, runs: list[str]) -> None:
         found.setdefault(kind, {}).setdefault(int(updates), []).append(accuracies(run))
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    panels = (("after 10 iterations", lambda curve: curve[10]), ("at the end", lambda curve: curve[max(curve)]))
+    curves = [curve for by_updates in found.values() for seeds in by_updates.values() for curve in seeds]
+    last = max(set.intersection(*map(set, curves)))
     for (kind, by_updates), colour, line in zip(found.items(), ("#0072B2", "#D55E00", "#009E73"), ("-", "--", "-.")):
         updates = sorted(by_updates)
-        for axis, (title, value) in zip(axes, panels):
-            rows = [[value(curve) for curve in by_updates[number]] for number in updates]
+        for axis, step in zip(axes, (10, last)):
+            rows = [[curve[step] for curve in by_updates[number]] for number in updates]
             axis.plot(updates, [np.mean(row) for row in rows], line, color=colour, marker="o", markersize=3, label=kind)
             axis.fill_between(updates, [min(row) for row in rows], [max(row) for row in rows], color=colour, alpha=0.2)
-            axis.set(title=title, xlabel="updates on a batch", xscale="log", xticks=updates, xticklabels=updates)
+            axis.set(title=f"after {step} iterations", xlabel="updates on a batch", xscale="log")
+            axis.set_xticks(updates, updates)
             axis.minorticks_off()
     axes[0].set(ylabel="held-out accuracy")
     axes[0].legend(frameon=False)
