@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the baseline and the missing importance weights do to the gradient, on the task sums.
 
-    python studies/gradients.py [PICTURE.png]       two minutes on two cores
+    python studies/gradients.py [PICTURE.png]       five minutes on two cores
 
 First the policy stays as it is, and fresh batches give the gradient's variance with each baseline, relative to the squared
 norm of its mean. Then it learns from one batch again and again, and EMPG's gradient is compared with the one that has the
