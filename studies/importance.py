@@ -58,7 +58,10 @@ def draw(picture: str, runs: list[str]) -> None:
 
     found: dict[str, dict[int, list]] = {}
     for run in runs:
-        kind, updates, _ = re.fullmatch(r"(.+)-(\d+)-(\d+)", Path(run).name).groups()
+        name = re.fullmatch(r"(.+)-(\d+)-(\d+)", Path(run).name)
+        if name is None:
+            empg.fail(f"--draw {run}: name the runs KIND-UPDATES-SEED")
+        kind, updates, _ = name.groups()
         found.setdefault(kind, {}).setdefault(int(updates), []).append(accuracies(run))
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)

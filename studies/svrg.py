@@ -174,6 +174,8 @@ if __name__ == "__main__":
     parser.add_argument("--no-control-variate", action="store_true")
     parser.add_argument("--measure", metavar="PICTURE.png")
     chosen, rest = parser.parse_known_args()
+    if chosen.parts < 1:
+        empg.fail(f"--parts {chosen.parts}: must be at least 1")
     if chosen.measure:
         measure(chosen.measure)
     else:

@@ -42,7 +42,7 @@ def measures(run, seconds: float | None) -> dict[str, float]:
         spent = np.cumsum([row["step_seconds"] for row in rows])
         done = [step for step in accuracy if step == 0 or spent[step - 1] <= seconds]
         found[f"after {seconds:g} s"] = accuracy[max(done)]
-        found["trajectories by then"] = float(max(done))
+        found["iterations by then"] = float(max(done))
     return found
 
 
