@@ -358,7 +358,7 @@ def read_runs(runs: list[str]) -> dict[str, list[list[dict]]]:
             options = json.loads(Path(run, "config.json").read_text())
             rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
         except (OSError, ValueError) as error:
-            raise ValueError(f"--curves {run}: is not the directory of a run ({error})") from error
+            raise ValueError(f"{run}: is not the directory of a run ({error})") from error
         name = Path(run).name
         stem = re.sub(r"\W*\d+$", "", name)
         same = json.dumps({key: value for key, value in options.items() if key not in SAME_SETTING})

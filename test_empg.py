@@ -19,7 +19,8 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose more than they gain by a second thread
 
 import numpy as np
@@ -57,27 +58,41 @@ import word_problems
 
 # ---- Toy policies: every trajectory can be enumerated
 
-EOS, V, T = 0, 3, 2  # three tokens, responses of at most two
+# There are three tokens, of which token 0 ends a response, and responses have at most two. So there are seven
+# trajectories, and a policy is a table: for each prefix, the logits of the next token.
+V = 3
+T = 2
 TRAJECTORIES = [(0,), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
 PREFIXES = [(), (1,), (2,)]
-RIGHT = torch.tensor([0.0, 1, 0, 0, 1, 0, 1], dtype=torch.float64)  # a 0/1 reward for each of the seven trajectories
 MASK = torch.tensor([[1.0] * len(t) + [0.0] * (T - len(t)) for t in TRAJECTORIES], dtype=torch.float64)
-
-
-def toy_logprobs(logits: torch.Tensor) -> torch.Tensor:
-    """(prefixes, V) logits, or one (V,) vector shared by all prefixes → (trajectories, T) log-probabilities."""
-    table = logits.expand(len(PREFIXES), V).log_softmax(-1)
-    zero = torch.zeros((), dtype=logits.dtype)
-    rows = [[table[PREFIXES.index(t[:i]), t[i]] if i < len(t) else zero for i in range(T)] for t in TRAJECTORIES]
-    return torch.stack([torch.stack(row) for row in rows])
+RIGHT = torch.tensor([0.0, 1, 0, 0, 1, 0, 1], dtype=torch.float64)  # a 0/1 reward for each trajectory
+SMOOTHED = 0.3 + 0.5 * RIGHT  # some smoothed reward R̃, which is held fixed
 
 
 def toy_logits(seed: int, shape=(3, V)) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def toy_logprobs(logits: torch.Tensor) -> torch.Tensor:
+    """(prefixes, V) logits, or one (V,) vector shared by all prefixes → (trajectories, T) log-probabilities."""
+    table = logits.expand(len(PREFIXES), V).log_softmax(-1)
+    zero = torch.zeros((), dtype=logits.dtype)
+    rows = []
+    for trajectory in TRAJECTORIES:
+        row = [table[PREFIXES.index(trajectory[:i]), token] for i, token in enumerate(trajectory)]
+        padding = [zero] * (T - len(row))
+        rows.append(torch.stack(row + padding))
+    return torch.stack(rows)
+
+
+def probabilities(logprobs: torch.Tensor) -> torch.Tensor:
+    """(trajectories, T) log-probabilities of tokens → the probability of each trajectory."""
+    return logprobs.sum(1).exp()
+
+
+def summed_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """-Σ_τ weight(τ) log P(τ). `empg_loss` is the mean over the trajectories, so multiply by their number."""
+    return empg.empg_loss(logprobs, MASK, len(TRAJECTORIES) * weights)
 
 
 def gradient(value: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
@@ -87,186 +102,268 @@ def gradient(value: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
 def groups_of(logits: torch.Tensor, kind: str, group: int = 3):
     """Every group of `group` samples of the toy policy: its probability and its EMPG gradient with a baseline."""
     logprobs = toy_logprobs(logits)
-    p = logprobs.sum(1).exp().detach()
-    smoothed = 0.3 + 0.5 * RIGHT  # R̃ held fixed
-    for rows in itertools.product(range(7), repeat=group):
-        weights = ablations.baseline(smoothed[list(rows)][None], kind)[0]
-        yield p[list(rows)].prod(), -gradient(empg.empg_loss(logprobs[list(rows)], MASK[list(rows)], weights), logits)
+    probability = probabilities(logprobs).detach()
+    for numbers in itertools.product(range(len(TRAJECTORIES)), repeat=group):
+        rows = list(numbers)
+        weights = ablations.baseline(SMOOTHED[rows][None], kind)[0]
+        loss = empg.empg_loss(logprobs[rows], MASK[rows], weights)
+        yield probability[rows].prod(), -gradient(loss, logits)
 
 
+# With one prompt, the batch is its group. So "batch" has the factor of "group" here.
 @pytest.mark.parametrize(("kind", "factor"), [("none", 1), ("loo", 1), ("group", 2 / 3), ("batch", 2 / 3)])
 def test_expected_gradient_is_the_policy_gradient(kind, factor):
     """At θ = θ* the expected gradient of `empg_loss` is -∇ Σ_τ P(τ) R̃(τ) (Eq. 4 with Eq. 12), for a fixed R̃, by summing over
     all groups of three samples: exactly with leave-one-out, which has less than half of the variance; (G-1)/G of it with
     a mean that has τ in it."""
     logits = toy_logits(3)
-    p = toy_logprobs(logits).sum(1).exp()
-    assert p.sum().item() == pytest.approx(1, abs=1e-12)
+    probability = probabilities(toy_logprobs(logits))
+    assert probability.sum().item() == pytest.approx(1, abs=1e-12)
+
     groups = list(groups_of(logits, kind))
-    expected = sum(p * g for p, g in groups)
-    true = gradient((p * (0.3 + 0.5 * RIGHT)).sum(), logits)
-    torch.testing.assert_close(expected, factor * true, rtol=1e-10, atol=1e-12)
+    expected = sum(p * direction for p, direction in groups)
+    policy_gradient = gradient((probability * SMOOTHED).sum(), logits)
+    torch.testing.assert_close(expected, factor * policy_gradient, rtol=1e-10, atol=1e-12)
+
+    def variance(groups):
+        return sum(p * (direction - expected).square().sum() for p, direction in groups)
+
     if kind == "loo":
-        loo, none = (sum(p * (g - expected).square().sum() for p, g in x) for x in (groups, groups_of(logits, "none")))
-        assert loo < 0.5 * none
+        assert variance(groups) < 0.5 * variance(groups_of(logits, "none"))
 
 
 @pytest.mark.parametrize("shape", [(len(PREFIXES), V), (V,)])
 def test_em_never_lowers_the_objective(shape):
-    """An exact E-step (Eq. 8) and an M-step on `empg_loss` (Eq. 10) never lower log J(θ), and raise it at first."""
+    """An exact E-step (Eq. 8) and an M-step on `empg_loss` (Eq. 10) never lower log J(θ), and the first pair raises it."""
     logits = toy_logits(4, shape)
     history = []
     for _ in range(8):
-        p = toy_logprobs(logits).sum(1).exp().detach()
-        history.append((p * RIGHT).sum().log().item())
-        q = p * RIGHT / (p * RIGHT).sum()
+        # E-step: the posterior of the trajectory, given that it is right.
+        probability = probabilities(toy_logprobs(logits)).detach()
+        objective = (probability * RIGHT).sum()
+        history.append(objective.log().item())
+        posterior = probability * RIGHT / objective
+        # M-step: fit the policy to it.
         for _ in range(60):
-            step = gradient(empg.empg_loss(toy_logprobs(logits), MASK, 7 * q), logits)
+            step = gradient(summed_loss(toy_logprobs(logits), posterior), logits)
             logits = (logits - step).detach().requires_grad_()
     assert all(after >= before - 1e-9 for before, after in itertools.pairwise(history))
+    assert history[1] > history[0]
     assert history[-1] > history[0] + 0.1
 
 
 def test_missing_importance_weights_vanish_with_the_step():
-    """Away from θ* the EMPG gradient is not the importance-weighted one; the gap shrinks in proportion to the distance."""
-    gaps, p_old = [], toy_logprobs(toy_logits(5)).sum(1).exp().detach()
+    """Away from θ* the EMPG gradient is not the policy gradient; the gap shrinks in proportion to the distance."""
+    old_probability = probabilities(toy_logprobs(toy_logits(5))).detach()
+    gaps = []
     for distance in (0.2, 0.1, 0.05, 0.0):
         logits = (toy_logits(5) + distance * toy_logits(6)).detach().requires_grad_()
         logprobs = toy_logprobs(logits)
-        missing = (logprobs.sum(1).exp().detach() - p_old) * RIGHT
-        gaps.append(gradient(empg.empg_loss(logprobs, MASK, 7 * missing), logits).norm().item())
-    assert gaps[:3] == pytest.approx([4 * gaps[2], 2 * gaps[2], gaps[2]], rel=0.2) and gaps[0] > 0.01 and gaps[3] == 0
+        followed = -gradient(summed_loss(logprobs, old_probability * RIGHT), logits)
+        policy_gradient = gradient((probabilities(logprobs) * RIGHT).sum(), logits)
+        gaps.append((followed - policy_gradient).norm().item())
+    far, middle, near, none = gaps
+    assert far > 0.01
+    assert far == pytest.approx(4 * near, rel=0.2)
+    assert middle == pytest.approx(2 * near, rel=0.2)
+    assert none == pytest.approx(0, abs=1e-12)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
 @pytest.mark.parametrize("right", [1, 8, 13, 15])
 def test_mistake_standard_deviation_of_a_sample(right):
-    """By the population's, on 0/1 rewards R̃ = u + s·R with s = sigmoid(√((1-p)/p)) - sigmoid(-√(p/(1-p))): 0.46 to 0.55."""
+    """σ is the population's standard deviation: smoothed 0/1 rewards are those of the formula, u for a wrong response and
+    u + s for a right one. With the sample's σ the factor s would be smaller."""
     p = right / 16
+    u = sigmoid(-math.sqrt(p / (1 - p)))
+    s = sigmoid(math.sqrt((1 - p) / p)) - u
+    assert 0.46 < s < 0.55  # as the text on smoothing says
     rewards = torch.tensor([1.0] * right + [0.0] * (16 - right), dtype=torch.float64)
-    smoothed = empg.smooth_rewards(rewards)
-    s = 1 / (1 + math.exp(-math.sqrt((1 - p) / p))) - 1 / (1 + math.exp(math.sqrt(p / (1 - p))))
-    assert 0.46 < s < 0.55
-    torch.testing.assert_close(smoothed, smoothed[-1] + s * rewards, rtol=0, atol=1e-12)
+    torch.testing.assert_close(empg.smooth_rewards(rewards), u + s * rewards, rtol=0, atol=1e-12)
 
 
 def test_smoothing_keeps_order_strictly_between_0_and_1():
-    """So also where the sigmoid itself rounds to 0 or 1, for any finite reward; equal rewards are exactly 0.5."""
-    hard = ([3e38, -3e38, 1.0], [1e-45, 0.0, 0.0], [1, 0, 7], [1e30, 1e30 * (1 + 1e-6), 0.0])
-    for rewards in (torch.randn(100), *map(torch.tensor, ([0.0] * 5000 + [1.0], [1.0] * 5000 + [0.0], *hard))):
+    """Smoothed rewards are in the order of the rewards, above 0 and below 1, even where the sigmoid rounds to them."""
+    moderate = torch.linspace(-3, 3, 100)
+    assert (empg.smooth_rewards(moderate).diff() > 0).all()
+    cases = {
+        "one right of 5,000": [0.0] * 5000 + [1.0],
+        "one wrong of 5,000": [1.0] * 5000 + [0.0],
+        "squares overflow": [3e38, -3e38, 1.0],
+        "the smallest float": [1e-45, 0.0, 0.0],
+        "integers": [1, 0, 7],
+        "nearly equal": [1e30, 1e30 * (1 + 1e-6), 0.0],
+    }
+    for name, values in cases.items():
+        rewards = torch.tensor(values)
         smoothed = empg.smooth_rewards(rewards)
-        assert ((smoothed > 0) & (smoothed < 1)).all() and (smoothed[rewards.argsort()].diff() >= 0).all()
-    assert all((empg.smooth_rewards(torch.full((37,), value)) == 0.5).all() for value in (0, 1, 0.1, -3e38))
+        assert (smoothed > 0).all(), name
+        assert (smoothed < 1).all(), name
+        assert (smoothed[rewards.argsort()].diff() >= 0).all(), name
+        assert smoothed.max() > smoothed.min(), name
+
+
+def test_smoothing_of_equal_and_of_bad_rewards():
+    """Equal rewards are smoothed to exactly 0.5; no rewards, nan and infinity are refused."""
+    for value in (0, 1, 0.1, -3e38):
+        assert (empg.smooth_rewards(torch.full((37,), value)) == 0.5).all()
     for rewards in ([], [1.0, math.nan], [math.inf, 0.0]):
-        pytest.raises(ValueError, empg.smooth_rewards, torch.tensor(rewards))
+        with pytest.raises(ValueError, match="smooth_rewards needs"):
+            empg.smooth_rewards(torch.tensor(rewards))
 
 
 def test_mistake_baseline_with_the_wrong_sign():
     """loo subtracts the mean of the prompt's other samples, group the prompt's mean, batch the mean of everything."""
-    r = torch.rand(3, 4, dtype=torch.float64)
-    others = torch.tensor([[[r[i, k] for k in range(4) if k != j] for j in range(4)] for i in range(3)]).mean(2)
-    torch.testing.assert_close(empg.subtract_baseline(r), r - others)
-    torch.testing.assert_close(ablations.baseline(r, "group"), r - r.mean(1, keepdim=True))
-    torch.testing.assert_close(ablations.baseline(r, "batch"), r - r.mean())
-    assert torch.equal(ablations.baseline(r, "none"), r) and torch.equal(
-        ablations.baseline(r, "loo"), empg.subtract_baseline(r)
-    )
-    # Equal rewards have weight 0 to the last bit, whatever 0.6224593 summed seven times rounds to.
-    equal = empg.smooth_rewards(torch.tensor([1.0] * 7 + [0, 0, 1, 0, 1, 1, 1] + [0.0] * 7)).view(3, 7)
-    for weights in (empg.subtract_baseline(equal), ablations.baseline(equal, "group"), grpo.grpo_advantages(equal)):
-        assert (weights[[0, 2]] == 0).all() and (weights[1] != 0).all()
-    pytest.raises(ValueError, ablations.baseline, torch.rand(2, 2), "mean")
-    for rewards in (torch.rand(4), torch.rand(4, 1)):
-        pytest.raises(ValueError, empg.subtract_baseline, rewards)
+    rewards = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    others = torch.empty_like(rewards)
+    for i in range(3):
+        for j in range(4):
+            others[i, j] = np.mean([rewards[i, k].item() for k in range(4) if k != j])
+    torch.testing.assert_close(empg.subtract_baseline(rewards), rewards - others)
+    torch.testing.assert_close(ablations.baseline(rewards, "loo"), rewards - others)
+    torch.testing.assert_close(ablations.baseline(rewards, "group"), rewards - rewards.mean(1, keepdim=True))
+    torch.testing.assert_close(ablations.baseline(rewards, "batch"), rewards - rewards.mean())
+    assert torch.equal(ablations.baseline(rewards, "none"), rewards)
+
+    with pytest.raises(ValueError, match="choose loo"):
+        ablations.baseline(rewards, "mean")
+    for shape in ((4,), (4, 1)):
+        with pytest.raises(ValueError, match="subtract_baseline needs"):
+            empg.subtract_baseline(torch.ones(shape))
+
+
+def test_equal_rewards_have_weight_0_to_the_last_bit():
+    """A prompt whose responses are all right or all wrong gets weights of exactly 0, whatever a sum of 0.6224593 rounds to."""
+    rewards = torch.tensor([[1.0] * 7, [0, 0, 1, 0, 1, 1, 1], [0.0] * 7])
+    smoothed = empg.smooth_rewards(rewards.flatten()).view(3, 7)
+    for weights in (
+        empg.subtract_baseline(smoothed),
+        ablations.baseline(smoothed, "group"),
+        grpo.grpo_advantages(smoothed),
+    ):
+        assert (weights[[0, 2]] == 0).all()
+        assert (weights[1] != 0).all()
 
 
 def test_mistake_mean_over_padding():
-    """-(1/N) Σ w Σ log π by hand: not a mean over tokens or columns, and nothing that stands on padding counts."""
+    """empg_loss is -(1/N) Σᵢ wᵢ Σₜ log π by hand: tokens are summed, and what stands on padding, even nan, does not count."""
     logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, math.nan, -math.inf]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    assert empg.empg_loss(logprobs, mask, torch.tensor([0.5, -1.0])).item() == pytest.approx(-(0.5 * -6 + -1 * -4) / 2)
+    loss = empg.empg_loss(logprobs, mask, torch.tensor([0.5, -1.0]))
+    assert loss.item() == pytest.approx(-(0.5 * (-1 - 2 - 3) + -1 * -4) / 2)
 
 
 def test_mistake_kl_of_the_wrong_direction():
     """kl_divergence is KL(π ‖ ref), by torch.distributions in value and gradient, and not KL(ref ‖ π)."""
-    logits, ref = toy_logits(7, (3, 5)), toy_logits(8, (3, 5)).detach()
-    kl = empg.kl_divergence(logits, ref)
-    pi, reference = torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=ref)
-    expected = torch.distributions.kl_divergence(pi, reference)
+    logits = toy_logits(7, (3, 5))
+    ref_logits = toy_logits(8, (3, 5)).detach()
+    kl = empg.kl_divergence(logits, ref_logits)
+    policy = torch.distributions.Categorical(logits=logits)
+    reference = torch.distributions.Categorical(logits=ref_logits)
+    expected = torch.distributions.kl_divergence(policy, reference)
     torch.testing.assert_close(kl, expected)
     torch.testing.assert_close(gradient(kl.sum(), logits), gradient(expected.sum(), logits))
-    assert not torch.allclose(kl, torch.distributions.kl_divergence(reference, pi), rtol=0.01)
+    assert not torch.allclose(kl, torch.distributions.kl_divergence(reference, policy), rtol=0.01)
 
 
 def test_k3_estimates_the_reverse_kl():
-    """Its expectation under π is KL(π ‖ ref); as a plain loss its gradient is that of KL(ref ‖ π), as its docstring says."""
-    logits, ref = toy_logits(7, (5,)), toy_logits(8, (5,)).detach().log_softmax(0)
+    """The expectation of k3 under π is KL(π ‖ ref), but its gradient, as a plain loss, is that of KL(ref ‖ π)."""
+    logits = toy_logits(7, (5,))
+    log_ref = toy_logits(8, (5,)).detach().log_softmax(0)
     log_pi = logits.log_softmax(0)
-    k3 = ema_pg.kl_k3(log_pi, ref)
-    assert (k3 >= 0).all() and (ema_pg.kl_k3(ref, ref) == 0).all()
-    assert (log_pi.exp() * k3).sum().item() == pytest.approx((log_pi.exp() * (log_pi - ref)).sum().item(), abs=1e-12)
-    as_loss = gradient((log_pi.exp().detach() * k3).sum(), logits)
-    torch.testing.assert_close(as_loss, gradient((ref.exp() * (ref - log_pi)).sum(), logits))
+    kl = (log_pi.exp() * (log_pi - log_ref)).sum()
+    reverse_kl = (log_ref.exp() * (log_ref - log_pi)).sum()
+    k3 = ema_pg.kl_k3(log_pi, log_ref)
+    assert (k3 >= 0).all()
+    assert (ema_pg.kl_k3(log_ref, log_ref) == 0).all()
+    assert (log_pi.exp() * k3).sum().item() == pytest.approx(kl.item(), abs=1e-12)
+    gradient_as_loss = gradient((log_pi.exp().detach() * k3).sum(), logits)
+    torch.testing.assert_close(gradient_as_loss, gradient(reverse_kl, logits))
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 4, 8])
 def test_topk_kl_is_exact_in_value_and_gradient(k):
     """Enumerated over 8 tokens, kl_topk has on average the KL's value and gradient, at every k."""
-    logits, ref = toy_logits(0, (8,)), toy_logits(9, (8,)).detach()
+    logits = toy_logits(0, (8,))
+    ref_logits = toy_logits(9, (8,)).detach()
     pi = logits.softmax(-1)
-    exact = (pi * (pi.log() - ref.log_softmax(-1))).sum()
-    mean = (pi.detach() * ema_pg.kl_topk(logits.expand(8, 8), ref.expand(8, 8), torch.arange(8), k)).sum()
-    torch.testing.assert_close(mean, exact)
-    torch.testing.assert_close(gradient(mean, logits), gradient(exact, logits), rtol=1e-12, atol=1e-14)
+    kl = (pi * (pi.log() - ref_logits.log_softmax(-1))).sum()
+    each_token = torch.arange(8)
+    estimates = ema_pg.kl_topk(logits.expand(8, 8), ref_logits.expand(8, 8), each_token, k)
+    mean = (pi.detach() * estimates).sum()
+    torch.testing.assert_close(mean, kl)
+    torch.testing.assert_close(gradient(mean, logits), gradient(kl, logits), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("k", [0, 1, 4, 11, 12])
-def test_mistake_logarithm_of_the_tail_detached(k):
-    """Enumerated over 12 tokens, the tail of released code has the right values, but its expected gradient lacks the one of
-    the tail's probability: nothing at k = 0 and 12, more than half of the gradient at k = 1, on average over distributions."""
-    one = torch.arange(12)
+@pytest.mark.parametrize(("k", "missing"), [(0, 0), (1, 0.6), (4, 0.4), (11, 0.04), (12, 0)])
+def test_mistake_logarithm_of_the_tail_detached(k, missing):
+    """With the tail's logarithm detached, as in released code, the KL keeps its value, but its expected gradient loses that
+    of the tail's probability: nothing at k = 0 and 12, more than half of the gradient at k = 1."""
+    each_token = torch.arange(12)
     shares = []
     for seed in range(20):
-        logits, ref = toy_logits(seed, (12,)), toy_logits(100 + seed, (12,)).detach()
+        logits = toy_logits(seed, (12,))
+        ref_logits = toy_logits(100 + seed, (12,)).detach()
         pi = logits.softmax(-1)
-        both = logits.expand(12, 12), ref.expand(12, 12)
-        right, wrong = (f(*both, one, k) for f in (ema_pg.kl_topk, kl_estimators.kl_topk_detached))
-        torch.testing.assert_close(right, wrong)
-        exact, detached = (gradient((pi.detach() * value).sum(), logits) for value in (right, wrong))
-        tail = gradient(pi.sum() - pi.topk(k).values.sum(), logits)
-        lacking = tail if 0 < k < 12 else torch.zeros(12, dtype=torch.float64)
-        torch.testing.assert_close(exact - detached, lacking, rtol=1e-9, atol=1e-12)
-        shares.append((lacking.norm() / exact.norm()).item())
-    assert np.mean(shares) == pytest.approx({0: 0, 1: 0.6, 4: 0.4, 11: 0.04, 12: 0}[k], abs=0.1)
+        arguments = logits.expand(12, 12), ref_logits.expand(12, 12), each_token, k
+        right = ema_pg.kl_topk(*arguments)
+        mistaken = kl_estimators.kl_topk_detached(*arguments)
+        torch.testing.assert_close(right, mistaken)
+        right_gradient = gradient((pi.detach() * right).sum(), logits)
+        mistaken_gradient = gradient((pi.detach() * mistaken).sum(), logits)
+        # At k = 0 the tail is everything, at k = 12 nothing. Then its probability is always 1, or 0.
+        tail_probability = 1 - pi.topk(k).values.sum()
+        is_constant = k in (0, 12)
+        lost = torch.zeros(12, dtype=torch.float64) if is_constant else gradient(tail_probability, logits)
+        torch.testing.assert_close(right_gradient - mistaken_gradient, lost, rtol=1e-9, atol=1e-12)
+        shares.append((lost.norm() / right_gradient.norm()).item())
+    assert np.mean(shares) == pytest.approx(missing, abs=0.03 if k == 11 else 0.1)
 
 
 @pytest.mark.parametrize("module", [empg, grpo, gradients, ablations, ema_pg, prompts_once])
 def test_examples_in_docstrings(module):
     """What the docstrings show is what the functions return."""
-    assert doctest.testmod(module).failed == 0 < doctest.testmod(module).attempted
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 # ---- Tiny real models: sampling and log-probabilities
 
+SMALL = {"vocab_size": 18, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.5,
+         "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
 
-def make_model(seed=0, vocab=18, scale=0.5, dtype=torch.float64, kind=Qwen2ForCausalLM, **config):
+
+def make_model(seed=0, scale=0.5, dtype=torch.float64, kind=Qwen2ForCausalLM, **settings):
     """A two-layer Qwen2 with grouped-query attention, whose predictions are far from uniform; or another kind of model."""
     torch.manual_seed(seed)
-    settings = {"vocab_size": vocab, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-                "initializer_range": scale, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0} | config  # fmt: skip
-    return kind(kind.config_class(**settings)).to(dtype).eval()
+    config = kind.config_class(**SMALL | {"initializer_range": scale} | settings)
+    return kind(config).to(dtype).eval()
 
 
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9], [10], [3, 3, 3, 3, 3, 3, 3, 4]]
 RESPONSES = [[5, 6, 1], [1], [7, 7, 7, 7, 7, 7], [2, 9], [4, 1], [3, 4, 5, 6], [9], [1]]  # two for each prompt
+PROMPT_OF = [prompt for prompt in PROMPTS for _ in range(2)]  # the prompt of each response
 WEIGHTS = torch.tensor([0.3, -0.2, 0.0, 0.0, 0.1, -0.5, 0.7, 0.2], dtype=torch.float64)
+KEPT = [i for i, weight in enumerate(WEIGHTS) if weight != 0]
 LIMITS = {"eos_token_id": 1, "pad_token_id": 0}
-WINDOW = {"kind": MistralForCausalLM, "sliding_window": 3}
-MODELS = {"rotary": {}, "window": WINDOW, "absolute": {"kind": GPT2LMHeadModel}}
+MODELS = {
+    "rotary": {},
+    "window": {"kind": MistralForCausalLM, "sliding_window": 3},
+    "absolute": {"kind": GPT2LMHeadModel},
+}
 
 
-flat = lambda model: torch.cat([p.detach().flatten() for p in model.parameters()])
-flat_grad = lambda model: torch.cat([p.grad.flatten() for p in model.parameters()])
+def flat(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def flat_grad(model) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 def plain_logits(model, prompt, response) -> torch.Tensor:
@@ -275,17 +372,23 @@ def plain_logits(model, prompt, response) -> torch.Tensor:
 
 
 def plain_logprobs(model, prompt, response, temperature=1.0) -> torch.Tensor:
-    return (plain_logits(model, prompt, response) / temperature).log_softmax(-1)[range(len(response)), response]
+    logprobs = (plain_logits(model, prompt, response) / temperature).log_softmax(-1)
+    return logprobs[range(len(response)), response]
 
 
 def plain_loss(model, weights, temperature=1.0) -> torch.Tensor:
     """-(1/N) Σ w log P of RESPONSES, each read with its prompt, by itself."""
-    terms = [plain_logprobs(model, PROMPTS[i // 2], r, temperature).sum() for i, r in enumerate(RESPONSES)]
+    pairs = zip(PROMPT_OF, RESPONSES, strict=True)
+    terms = [plain_logprobs(model, prompt, response, temperature).sum() for prompt, response in pairs]
     return -(weights * torch.stack(terms)).mean()
 
 
 def same_gradient(one: torch.Tensor, two: torch.Tensor) -> bool:
     return (one - two).norm().item() < 1e-6 * two.norm().item()  # norms of layers are computed in float32
+
+
+def config(**options) -> empg.Config:
+    return empg.Config(**{"num_samples": 2, "max_grad_norm": 1e9, "device": "cpu", "dtype": "float32"} | options)
 
 
 @pytest.mark.parametrize("log_probs", [empg.log_probs, prompts_once.log_probs], ids=["one-pass", "prompts-once"])
@@ -297,69 +400,118 @@ def test_mistakes_temperature_forgotten_and_wrong_tensor_detached(log_probs, kin
     monkeypatch.setattr(empg, "LOGIT_ROWS", chunk)
     model = make_model(**MODELS[kind])
     plain_loss(model, WEIGHTS, 0.7).backward()
-    expected = flat_grad(model)
-    plain = [plain_logprobs(model, PROMPTS[i // 2], r, 0.7) for i, r in enumerate(RESPONSES)]
-    model = empg.distribute(model, config(gradient_checkpointing=checkpointing)).double()
+    expected_gradient = flat_grad(model)
+    expected = [plain_logprobs(model, prompt, response, 0.7) for prompt, response in zip(PROMPT_OF, RESPONSES)]
     model.zero_grad()
+
+    # `distribute` puts the model into float32, in which its weights were drawn. So nothing is lost.
+    model = empg.distribute(model, config(gradient_checkpointing=checkpointing)).double()
+    rows_read = []
+    model.register_forward_pre_hook(lambda module, args: rows_read.append(len(args[0])))
+    layer = next(module for module in model.modules() if type(module).__name__ in model._no_split_modules)
+    layer_computed = []
+    next(layer.children()).register_forward_pre_hook(lambda module, args: layer_computed.append(True))
+
     values, mask = log_probs(model, PROMPTS, RESPONSES, 0.7)
-    assert mask.sum(1).tolist() == [len(r) for r in RESPONSES] and (values[~mask] == 0).all()
-    torch.testing.assert_close(values[mask].double(), torch.cat(plain), rtol=1e-6, atol=2e-6)
+    assert mask.sum(1).tolist() == [len(response) for response in RESPONSES]
+    assert (values[~mask] == 0).all()
+    torch.testing.assert_close(values[mask].double(), torch.cat(expected), rtol=1e-6, atol=2e-6)
+    # Prompts are read with their responses in one pass, or once in a pass of their own.
+    is_once = log_probs is prompts_once.log_probs
+    assert rows_read == ([len(PROMPTS), len(RESPONSES)] if is_once else [len(RESPONSES)])
+
+    passes = len(layer_computed)
     empg.empg_loss(values, mask, WEIGHTS).backward()
-    assert same_gradient(flat_grad(model), expected)
+    assert same_gradient(flat_grad(model), expected_gradient)
+    assert len(layer_computed) == (2 * passes if checkpointing else passes)
 
 
 def test_logits_are_never_held_for_a_batch(monkeypatch):
     """The library gets no more rows of logits at a time than LOGIT_ROWS, and no tensor of log_probs has a vocabulary for
     more rows than that, or than there are responses, with a KL or not."""
     monkeypatch.setattr(empg, "LOGIT_ROWS", 8)
-    model, reference = (make_model(seed, vocab=97, hidden_size=8).requires_grad_(not seed) for seed in (0, 1))
-    seen, chunks = [], []
-    spy(monkeypatch, "linear_cross_entropy", lambda _, how, __: chunks.append(how["options"].batch_chunk_size), empg.F)
+    vocabulary = 97  # no other dimension has this size
+    # The hidden size is 8, so that a view of the output weights, (8, 97), counts as 8 rows and does not hide the maximum.
+    model = make_model(0, vocab_size=vocabulary, hidden_size=8)
+    reference = make_model(1, vocab_size=vocabulary, hidden_size=8).requires_grad_(False)
+    rows_held = []
+    chunk_sizes = []
+    spy(
+        monkeypatch,
+        "linear_cross_entropy",
+        lambda _, how, __: chunk_sizes.append(how["options"].batch_chunk_size),
+        empg.F,
+    )
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, _, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.shape[-1:] == (97,):
-                seen.append(out.untyped_storage().nbytes() // (97 * out.element_size()))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (vocabulary,):
+                rows_held.append(out.untyped_storage().nbytes() // (vocabulary * out.element_size()))
             return out
 
-    for more in ((), (reference,)):
+    for references in ((), (reference,)):
         with Watch():
-            sum(x.sum() for x in empg.log_probs(model, PROMPTS, RESPONSES, 1.0, *more)).backward()
-    assert max(seen) == len(RESPONSES) == 8 < sum(map(len, RESPONSES)) and chunks == [8, 8]
+            outputs = empg.log_probs(model, PROMPTS, RESPONSES, 1.0, *references)
+            sum(output.sum() for output in outputs).backward()
+    assert max(rows_held) == len(RESPONSES) == 8
+    assert sum(map(len, RESPONSES)) > 8  # so all rows at once would have been seen
+    assert chunk_sizes == [8, 8]
 
 
-def test_bfloat16_computation_stays_close_to_float32(monkeypatch):
-    """Under autocast layers and logits compute in bfloat16. From the same hidden states, a log-probability is that of
-    float32 logits but for its own rounding, which the mean does not show; its gradient is much the same; float32 weights
-    get float32 gradients, and bfloat16 weights, as FSDP has them, do, too."""
-    model, found, states = make_model(dtype=torch.float32), [], []
-    spy(monkeypatch, "response_states", lambda _, __, result: states.append(result))
+def test_autocast_changes_a_gradient_only_by_rounding():
+    """Under autocast log_probs computes in bfloat16, and still returns float32 values and float32 gradients."""
+    model = make_model(dtype=torch.float32)
+    gradients = []
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             values, mask = empg.log_probs(model, PROMPTS, RESPONSES)
         empg.empg_loss(values, mask, torch.ones(8)).backward()
-        found.append(flat_grad(model))
-        assert values.dtype == found[-1].dtype == torch.float32
-    assert 0.99 < torch.cosine_similarity(*found, dim=0) < 1 - 1e-7
+        gradients.append(flat_grad(model))
+        assert values.dtype == torch.float32
+        assert gradients[-1].dtype == torch.float32
+    # Alike, but not the same: bfloat16 was at work.
+    assert 0.99 < torch.cosine_similarity(*gradients, dim=0) < 1 - 1e-7
 
-    hidden = states[1][0].detach().bfloat16().repeat(100, 1).requires_grad_()
+
+@pytest.fixture
+def bfloat16_states():
+    """A float32 model, hidden states that it has computed under autocast, each 100 times, and a random token for each."""
+    model = make_model(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, _, _ = empg.response_states(model, PROMPTS, RESPONSES)
+    hidden = hidden.detach().bfloat16().repeat(100, 1).requires_grad_()
     tokens = torch.randint(18, (len(hidden),), generator=torch.Generator().manual_seed(0))
+    return model, hidden, tokens
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])  # under FSDP the weights are in bfloat16 here
+def test_bfloat16_rounds_a_log_probability_but_not_its_logits(weight_dtype, bfloat16_states):
+    """A log-probability in bfloat16 is that of float32 logits up to its own rounding, which averages out."""
+    model, hidden, tokens = bfloat16_states
+    weight = model.get_output_embeddings().weight.to(weight_dtype)
+    exact_logits = hidden.float() @ weight.bfloat16().float().T
+    exact = exact_logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    exact_gradient = gradient(exact.sum(), hidden).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = empg.token_logprobs(hidden, weight, tokens)
+    assert rounded.dtype == torch.float32
+    error = (rounded - exact).abs()
+    assert (error <= 2**-8 * exact.abs()).all()  # bfloat16 has 8 significant bits
+    assert error.max() > 1e-3  # so it was rounded
+    assert (rounded - exact).mean().abs() < 1e-3 * exact.mean().abs()
+    rounded_gradient = gradient(rounded.sum(), hidden).float()
+    assert (rounded_gradient - exact_gradient).norm() < 0.01 * exact_gradient.norm()
+
+
+def test_the_kl_is_float32_under_autocast(bfloat16_states):
+    """token_kls multiplies in float32 even in a bfloat16 run: the KL is a small difference of large numbers."""
+    model, hidden, _ = bfloat16_states
     weight = model.get_output_embeddings().weight
-    for w in (weight, weight.bfloat16()):
-        exact = (hidden.float() @ w.bfloat16().float().T).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-        expected = torch.autograd.grad(exact.sum(), hidden)[0].float()
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = empg.token_logprobs(hidden, w, tokens)
-        error = (rounded - exact).abs()
-        assert rounded.dtype == torch.float32 and (error <= 2**-8 * exact.abs()).all() and error.max() > 1e-3
-        assert (rounded - exact).mean().abs() < 1e-3 * exact.mean().abs()
-        got = torch.autograd.grad(rounded.sum(), hidden)[0].float()
-        assert (got - expected).norm() < 0.01 * expected.norm()
     other = make_model(seed=1, dtype=torch.float32).get_output_embeddings().weight
     with torch.autocast("cpu", torch.bfloat16):
-        kl = empg.token_kls(hidden, weight, hidden, other)  # in float32 all the same
+        kl = empg.token_kls(hidden, weight, hidden, other)
     torch.testing.assert_close(kl, empg.kl_divergence(hidden.float() @ weight.T, hidden.float() @ other.T))
 
 
@@ -367,35 +519,46 @@ def test_mistakes_labels_shifted_and_eos_left_out_of_the_loss():
     """The probabilities of all tokens after one prompt, EOS among them, sum to 1. They do not if each token has been seen
     when it is predicted, or if EOS does not count: then nobody would learn to stop."""
     values, mask = empg.log_probs(make_model(), [[3, 4]], [[token] for token in range(18)])
-    assert mask.all() and values.exp().sum().item() == pytest.approx(1)
+    assert mask.all()
+    assert values.exp().sum().item() == pytest.approx(1)
 
 
 def test_mistakes_dropout_on_and_bfloat16_master_weights(tmp_path):
-    """A model with dropout that is stored in bfloat16 learns in float32, in which updates of 1e-6 survive, and samples in
-    --dtype, its rotary frequencies in float32; neither has dropout."""
-    make_model(dtype=torch.bfloat16, attention_dropout=0.5).train().save_pretrained(tmp_path)
+    """A model with dropout that is stored in bfloat16 is loaded without dropout, and learns in float32, in which updates of
+    1e-6 survive. Its frozen copy is in the dtype that was asked for, but for rotary frequencies, which stay in float32."""
+    make_model(dtype=torch.bfloat16, attention_dropout=0.5).save_pretrained(tmp_path)
     make.character_tokenizer().save_pretrained(tmp_path)
-    policy, frozen = empg.load_model(str(tmp_path))[1], empg.load_model(str(tmp_path), torch.bfloat16)[1]
+    _, policy = empg.load_model(str(tmp_path))
+    _, frozen = empg.load_model(str(tmp_path), torch.bfloat16)
     policy = empg.distribute(policy, config(dtype="bfloat16"))
-    assert {p.dtype for p in policy.parameters()} == {torch.float32} == {b.dtype for b in frozen.buffers()}
-    assert not any(module.training for model in (policy, frozen) for module in model.modules())
-    for p in policy.parameters():
-        p.data += 1
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in frozen.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in frozen.buffers()} == {torch.float32}
+    for model in (policy, frozen):
+        assert not any(module.training for module in model.modules())
+
+    before = flat(policy)
+    for parameter in policy.parameters():
+        parameter.data += 1e-6
+    assert (flat(policy) != before).double().mean() > 0.99  # bfloat16 would round nearly all of them away
     empg.copy_weights(policy, frozen)
     assert torch.equal(flat(policy).bfloat16(), flat(frozen))
 
 
 def test_sample_does_not_depend_on_its_company():
     """A trajectory is the same alone, in another order, with more samples, with padding, or with a higher limit."""
-    model, seeds = make_model(scale=0.3), [11, 12, 13, 14]
+    model = make_model(scale=0.3)
+    seeds = [11, 12, 13, 14]
     together = empg.sample(model, PROMPTS, 6, 20, seeds=seeds, **LIMITS)
-    assert len({len(r) for r in together}) > 4
-    for i, (prompt, seed) in enumerate(zip(PROMPTS, seeds)):
+    assert len({len(response) for response in together}) > 4
+
+    groups = [together[6 * i : 6 * i + 6] for i in range(4)]
+    for prompt, seed, group in zip(PROMPTS, seeds, groups):
         for samples, limit in ((6, 20), (2, 20), (6, 4)):
-            expected = [r[:limit] for r in together[6 * i : 6 * i + samples]]
-            assert empg.sample(model, [prompt], samples, limit, seeds=[seed], **LIMITS) == expected
+            alone = empg.sample(model, [prompt], samples, limit, seeds=[seed], **LIMITS)
+            assert alone == [response[:limit] for response in group[:samples]]
     backwards = empg.sample(model, PROMPTS[::-1], 6, 20, seeds=seeds[::-1], **LIMITS)
-    assert [backwards[6 * i : 6 * i + 6] for i in (3, 2, 1, 0)] == [together[6 * i : 6 * i + 6] for i in range(4)]
+    assert [backwards[6 * i : 6 * i + 6] for i in range(4)] == groups[::-1]
     assert empg.sample(model, PROMPTS, 6, 20, seeds=[1, 2, 3, 4], **LIMITS) != together
 
 
@@ -405,54 +568,81 @@ def test_mistake_positions_missing_under_left_padding(kind):
     each of them alone; 200 tokens are those of one plain pass."""
     model = make_model(max_position_embeddings=512, **MODELS[kind])
     for prompt, response in zip(PROMPTS, empg.sample(model, PROMPTS, 1, 12, temperature=0, **LIMITS)):
-        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, use_cache=False)
-        assert theirs[0, len(prompt) :].tolist() == response
-    long = empg.sample(model, PROMPTS, 1, 200, temperature=0, eos_token_id=99, pad_token_id=0)
-    assert all(plain_logits(model, p, r).argmax(-1).tolist() == r for p, r in zip(PROMPTS, long))
+        generated = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, use_cache=False)
+        assert generated[0, len(prompt) :].tolist() == response
+    never = {"eos_token_id": 99, "pad_token_id": 0}
+    for prompt, response in zip(PROMPTS, empg.sample(model, PROMPTS, 1, 200, temperature=0, **never)):
+        assert plain_logits(model, prompt, response).argmax(-1).tolist() == response
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampled_frequencies_match_the_probabilities(temperature):
     """4,000 samples of the first two tokens are as frequent as the model says, within four standard deviations."""
-    model, counts = make_model(vocab=6, scale=0.3), np.zeros((6, 6))
+    model = make_model(vocab_size=6, scale=0.3)
+    counts = np.zeros((6, 6))
     how = {"temperature": temperature, "eos_token_id": 99, "pad_token_id": 0}
     for response in empg.sample(model, [[3, 4]], 4000, 2, seeds=[0], **how):
         counts[tuple(response)] += 1
+    expected = np.zeros((6, 6))
     with torch.no_grad():
-        terms = [plain_logprobs(model, [3, 4], [a, b], temperature).sum() for a in range(6) for b in range(6)]
-    p = torch.stack(terms).exp().view(6, 6).numpy()
-    assert p.max() > 5 * p.min() and (abs(counts - 4000 * p) < 4 * np.sqrt(4000 * p) + 3).all()
-    # What has no probability is not drawn, either: by 0 and by the largest float below 1.
+        for pair in itertools.product(range(6), repeat=2):
+            expected[pair] = 4000 * plain_logprobs(model, [3, 4], list(pair), temperature).sum().exp().item()
+    assert expected.max() > 5 * expected.min()
+    assert (abs(counts - expected) < 4 * np.sqrt(expected) + 3).all()
+
+
+def test_what_has_no_probability_is_not_drawn():
+    """Neither 0 nor the largest float below 1 draws a token of probability 0, and broken logits end in the last token."""
     logits = torch.tensor([-math.inf, 0.0, -math.inf, 1.0, -math.inf]).expand(2, 5)
     assert empg.draw_tokens(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist() == [1, 3]
     assert empg.draw_tokens(logits * math.nan, torch.tensor([0.0, 0.5]), 1.0).tolist() == [4, 4]
 
 
 def test_a_response_ends_with_its_only_eos():
-    """EOS, or any of several, stops a row and stays in it; other rows go on to the limit, and no step is in vain."""
-    how = {"seeds": [0, 1, 2, 3], "eos_token_id": [1, 5], "pad_token_id": 0}
-    responses = empg.sample(make_model(scale=0.2), PROMPTS, 50, 15, **how)
-    assert all(not {1, 5} & set(r[:-1]) for r in responses)
-    assert all(r[-1] in (1, 5) or len(r) == 15 for r in responses) and {r[-1] for r in responses} > {1, 5}
-    model, rows = make_model(scale=0.3), []
-    watch = lambda _, args, kwargs: rows.append(len(kwargs["input_ids"]))
-    model.model.register_forward_pre_hook(watch, with_kwargs=True)
+    """A response holds an end token, EOS or any of several, only as its last token, else it has the full length."""
+    responses = empg.sample(
+        make_model(scale=0.2), PROMPTS, 50, 15, seeds=[0, 1, 2, 3], eos_token_id=[1, 5], pad_token_id=0
+    )
+    for response in responses:
+        assert not {1, 5} & set(response[:-1])
+        assert response[-1] in (1, 5) or len(response) == 15
+    assert {response[-1] for response in responses} > {1, 5}
+
+
+def test_no_step_of_sampling_is_in_vain():
+    """The model reads a prompt once, is called no more often than the longest response needs, and rows that have ended
+    leave the batch."""
+    model = make_model(scale=0.3)
+    rows = []
+
+    def count_rows(module, args, kwargs):
+        rows.append(len(kwargs["input_ids"]))
+
+    model.model.register_forward_pre_hook(count_rows, with_kwargs=True)
     responses = empg.sample(model, PROMPTS[:1], 12, 50, seeds=[5], **LIMITS)
-    assert len(rows) == max(map(len, responses)) < 50 and rows[:2] == [1, 12]  # the prompt is read once
-    assert sum(rows[1:]) < 0.9 * 12 * len(rows[1:])  # rows that are done leave
+    assert rows[:2] == [1, 12]
+    assert len(rows) == max(map(len, responses)) < 50
+    assert sum(rows[1:]) < 0.9 * 12 * len(rows[1:])
 
 
-def test_sample_and_log_probs_refuse_bad_input():
-    """No prompts, an empty prompt, missing seeds, an empty response or responses that do not divide are errors."""
-    for prompts, seeds in (([], []), ([[3], []], [0, 1]), ([[3]], None), ([[3]], [0, 1])):
-        pytest.raises(ValueError, empg.sample, make_model(), prompts, 2, 3, seeds=seeds, **LIMITS)
-    for prompts, responses in (([], []), ([[3]], [[]]), ([[3]], []), ([[4], [5]], [[4]]), ([[], [4]], [[4], [5]])):
-        pytest.raises(ValueError, empg.log_probs, make_model(), prompts, responses)
+@pytest.mark.parametrize(("prompts", "seeds"), [([], []), ([[3], []], [0, 1]), ([[3]], None), ([[3]], [0, 1])], ids=str)
+def test_sample_refuses(prompts, seeds):
+    """No prompts, an empty prompt, missing seeds and seeds of another number are errors."""
+    with pytest.raises(ValueError, match="sample needs"):
+        empg.sample(make_model(), prompts, 2, 3, seeds=seeds, **LIMITS)
 
 
-SMALL = {"vocab_size": 18, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64, "initializer_range": 0.5,
-         "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompts", "responses"),
+    [([], []), ([[3]], [[]]), ([[3]], []), ([[4], [5]], [[4]]), ([[], [4]], [[4], [5]])],
+    ids=str,
+)
+def test_log_probs_refuses(prompts, responses):
+    """No prompts, no or empty responses, responses that do not divide among the prompts, and an empty prompt are errors."""
+    with pytest.raises(ValueError, match="log_probs needs"):
+        empg.log_probs(make_model(), prompts, responses)
+
+
 RIGHT_KINDS = {
     "qwen2": {},  # grouped queries
     "qwen3": {},
@@ -480,12 +670,14 @@ REFUSED_KINDS = {
     "qwen3_next": {"num_experts": 0, "linear_num_value_heads": 2, "linear_num_key_heads": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
+# transformers does not accept these settings for these kinds.
+WITHOUT = {"bloom": "max_position_embeddings", "mpt": "max_position_embeddings", "falcon": "head_dim"}
 
 
 def save_kind(kind, settings, path) -> str:
     torch.manual_seed(0)
-    left_out = {"bloom": "max_position_embeddings", "mpt": "max_position_embeddings", "falcon": "head_dim"}.get(kind)
-    settings = {name: value for name, value in (SMALL | settings).items() if name != left_out}
+    settings = SMALL | {"head_dim": 4} | settings
+    settings = {name: value for name, value in settings.items() if name != WITHOUT.get(kind)}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(path)
     make.character_tokenizer().save_pretrained(path)
     return str(path)
@@ -497,17 +689,16 @@ def test_families_of_models_that_are_right(kind, tmp_path):
     name = save_kind(kind, RIGHT_KINDS[kind], tmp_path)
     tokenizer, model = empg.load_model(name, torch.float32)
     empg.check_model(name, tokenizer)
-    for prompt, response in zip(
-        PROMPTS, empg.sample(model, PROMPTS, 1, 20, temperature=0, **LIMITS | {"eos_token_id": 99})
-    ):
+    responses = empg.sample(model, PROMPTS, 1, 20, temperature=0, eos_token_id=99, pad_token_id=0)
+    for prompt, response in zip(PROMPTS, responses):
         assert plain_logits(model, prompt, response).argmax(-1).tolist() == response
     plain_loss(model, WEIGHTS).backward()
     expected = flat_grad(model)
     model.zero_grad()
     empg.empg_loss(*empg.log_probs(model, PROMPTS, RESPONSES), WEIGHTS).backward()
     assert (flat_grad(model) - expected).norm() < 1e-4 * expected.norm()
-    problems = [{"prompt": [1, 2, 3]}]
-    assert empg.room_for_responses(problems, model) == (math.inf if kind in ("bloom", "mpt") else 61)
+    has_no_limit = kind in ("bloom", "mpt")
+    assert empg.room_for_responses([{"prompt": [1, 2, 3]}], model) == (math.inf if has_no_limit else 64 - 3)
 
 
 @pytest.mark.parametrize("kind", REFUSED_KINDS)
@@ -519,12 +710,18 @@ def test_families_of_models_that_are_refused(kind, tmp_path, capfd):
 
 
 def test_long_rope_is_not_crossed():
-    """Phi-3's long rope reads a text in another way once it is longer than the model was first trained on."""
-    long = [1.0, 2.0]
-    rope = {"rope_type": "longrope", "short_factor": long, "long_factor": long, "rope_theta": 1e4,
-            "original_max_position_embeddings": 32}  # fmt: skip
-    config = AutoConfig.for_model("phi3", **SMALL | {"rope_parameters": rope, "original_max_position_embeddings": 32})
-    assert empg.room_for_responses([{"prompt": [1, 2]}], AutoModelForCausalLM.from_config(config)) == 30
+    """For a model with long rope, room_for_responses counts up to the length that it was first trained on, less the prompt,
+    so that no text reaches the length beyond which its keys would be rotated in another way."""
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 2.0],
+        "long_factor": [1.0, 2.0],
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 32,
+    }
+    settings = SMALL | {"head_dim": 4, "rope_parameters": rope, "original_max_position_embeddings": 32}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **settings))
+    assert empg.room_for_responses([{"prompt": [1, 2]}], model) == 32 - 2
 
 
 # ---- The update
@@ -532,39 +729,64 @@ def test_long_rope_is_not_crossed():
 
 def rows_with(weights) -> list[dict]:
     """The trajectories of PROMPTS and RESPONSES with these weights."""
-    pairs = enumerate(zip(RESPONSES, weights.tolist(), strict=True))
-    return [{"prompt": PROMPTS[i // 2], "response": response, "weight": weight} for i, (response, weight) in pairs]
+    rows = zip(PROMPT_OF, RESPONSES, weights.tolist(), strict=True)
+    return [{"prompt": prompt, "response": response, "weight": weight} for prompt, response, weight in rows]
 
 
-def config(**options) -> empg.Config:
-    return empg.Config(**{"num_samples": 2, "max_grad_norm": 1e9, "device": "cpu", "dtype": "float32"} | options)
-
-
-def update(model, weights=WEIGHTS, reference=None, **options):
-    """The gradient that an update takes, and its statistics; the learning rate 0 leaves the model as it was."""
-    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.0), [None]
+def update(model, weights=WEIGHTS, reference=None, **changes) -> tuple[torch.Tensor, dict]:
+    """The gradient that an update follows, and its statistics; the learning rate 0 leaves the model as it was."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.zero_grad()
-    optimizer.register_step_pre_hook(lambda *_: found.append(flat_grad(model)))
-    return found, empg.update(model, optimizer, rows_with(weights), config(**options), reference)
+    followed = []
+    optimizer.register_step_pre_hook(lambda *_: followed.append(flat_grad(model)))
+    statistics = empg.update(model, optimizer, rows_with(weights), config(**changes), reference)
+    assert len(followed) == 1
+    return followed[0], statistics
+
+
+PIECES = (
+    "smooth_rewards",
+    "subtract_baseline",
+    "micro_batch_loss",
+    "response_states",
+    "micro_batches",
+    "log_probs",
+    "update",
+)
+
+
+@pytest.fixture
+def pieces_come_back(monkeypatch):
+    """Studies replace functions of empg.py. After the test they are put back."""
+    for name in PIECES:
+        monkeypatch.setattr(empg, name, getattr(empg, name))
 
 
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("budget", [1, 30, 10_000])
-def test_update_has_the_gradient_of_the_whole_batch(budget, once, monkeypatch):
+def test_update_has_the_gradient_of_the_whole_batch(budget, once, pieces_come_back):
     """Neither micro-batches, of trajectories or of prompts with all their responses, nor skipping weight 0 change the
     gradient of Eq. 12."""
     if once:
-        monkeypatch.setattr(empg, "response_states", prompts_once.response_states)
-        monkeypatch.setattr(empg, "micro_batches", prompts_once.micro_batches)
+        prompts_once.replace()
     model = make_model()
     loss = plain_loss(model, WEIGHTS)
     loss.backward()
     expected = flat_grad(model)
-    (_, got), stats = update(model, micro_batch_tokens=budget)
-    assert same_gradient(got, expected) and stats["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    assert stats["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-6)
-    surprise = [-plain_logprobs(model, PROMPTS[i // 2], RESPONSES[i]) for i in (0, 1, 4, 5, 6, 7)]
-    assert stats["entropy"] == pytest.approx(torch.cat(surprise).mean().item(), rel=1e-6)
+    followed, statistics = update(model, micro_batch_tokens=budget)
+    assert same_gradient(followed, expected)
+    assert statistics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert statistics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-6)
+    surprise = [-plain_logprobs(model, PROMPT_OF[i], RESPONSES[i]) for i in KEPT]
+    assert statistics["entropy"] == pytest.approx(torch.cat(surprise).mean().item(), rel=1e-6)
+
+
+def test_the_gradient_is_clipped():
+    """A gradient with a norm above --max-grad-norm is scaled down to it; grad_norm is the norm before."""
+    free, _ = update(make_model())
+    clipped, statistics = update(make_model(), max_grad_norm=0.01)
+    assert statistics["grad_norm"] == pytest.approx(free.norm().item(), rel=1e-4)
+    torch.testing.assert_close(clipped, free * 0.01 / statistics["grad_norm"], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("split", [empg.micro_batches, prompts_once.micro_batches])
@@ -572,56 +794,93 @@ def test_micro_batches_hold_every_trajectory_once_within_the_limit(split):
     """Of random lengths every trajectory is in one micro-batch; each is within the limit or has one trajectory; and sorting
     by length needs fewer padded tokens than passes of as many rows as the longest row allows."""
     rng = np.random.default_rng(0)
-    rows = [{"prompt": [i // 8] * (40 + 9 * (i // 8)), "response": [0] * int(rng.integers(1, 200))} for i in range(64)]
+    rows = []
+    for i in range(64):
+        prompt_number = i // 8
+        prompt = [prompt_number] * (40 + 9 * prompt_number)
+        rows.append({"prompt": prompt, "response": [0] * int(rng.integers(1, 200))})
+
+    def length(row):
+        return len(row["prompt"]) + len(row["response"])
+
+    def padded_tokens(batch):
+        if split is empg.micro_batches:
+            return len(batch) * max(map(length, batch))
+        distinct = {tuple(row["prompt"]) for row in batch}
+        longest_response = max(len(row["response"]) for row in batch)
+        return len(distinct) * max(map(len, distinct)) + len(batch) * longest_response
+
     batches = split(rows, 1000)
     assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows))
-    length = lambda row: len(row["prompt"]) + len(row["response"])
-    padded = [len(batch) * max(map(length, batch)) for batch in batches]
+    padded = [padded_tokens(batch) for batch in batches]
+    assert all(tokens <= 1000 or len(batch) == 1 for tokens, batch in zip(padded, batches))
+    assert any(len(batch) > 1 for batch in batches)
     if split is empg.micro_batches:
-        assert all(tokens <= 1000 or len(batch) == 1 for tokens, batch in zip(padded, batches))
         assert sum(padded) < 0.8 * 64 * max(map(length, rows))
-        assert [max(map(length, batch)) for batch in batches] == sorted(max(map(length, b)) for b in batches)[::-1]
-    assert split([{"prompt": [1] * 9, "response": [1]}], 1) == [[{"prompt": [1] * 9, "response": [1]}]]
+        longest = [max(map(length, batch)) for batch in batches]
+        assert longest == sorted(longest, reverse=True)
+    too_long = {"prompt": [1] * 9, "response": [1]}
+    assert split([too_long], 1) == [[too_long]]
 
 
 def test_what_has_no_gradient_is_not_computed(monkeypatch):
     """The forward pass sees only trajectories that carry weight, each once; without any, nothing changes."""
-    seen, model = [], make_model()
+    model = make_model()
+    seen = []
     spy(monkeypatch, "log_probs", lambda args, *_: seen.extend(args[2]))
     update(model)
-    assert sorted(seen) == sorted(RESPONSES[i] for i in (0, 1, 4, 5, 6, 7))
-    before, optimizer = flat(model), torch.optim.AdamW(model.parameters(), lr=1.0)
-    stats = empg.update(model, optimizer, rows_with(0 * WEIGHTS), config())
-    assert len(seen) == 6 and stats["loss"] == stats["grad_norm"] == 0 and not optimizer.state
-    assert math.isnan(stats["entropy"])  # not 0, which would look like a collapse
-    for bad in (math.nan, math.inf):  # nor does a gradient that is not finite, which is counted
-        stats = empg.update(model, optimizer, rows_with(bad * WEIGHTS.abs()), config())
-        assert stats["skipped_updates"] == 1 and not math.isfinite(stats["grad_norm"]) and not optimizer.state
+    assert sorted(seen) == sorted(RESPONSES[i] for i in KEPT)
+
+    seen.clear()
+    before = flat(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    statistics = empg.update(model, optimizer, rows_with(0 * WEIGHTS), config())
+    assert not seen
+    assert statistics["loss"] == statistics["grad_norm"] == 0
+    assert math.isnan(statistics["entropy"])  # not 0, which would look like a collapse
     assert torch.equal(before, flat(model))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad):
+    """It leaves the model and Adam's averages as they are."""
+    model = make_model()
+    before = flat(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    statistics = empg.update(model, optimizer, rows_with(bad * WEIGHTS.abs()), config())
+    assert statistics["skipped_updates"] == 1
+    assert not math.isfinite(statistics["grad_norm"])
+    assert torch.equal(before, flat(model))
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("kind", ["exact", "k3", "topk"])
-def test_kl_term_has_its_gradient(kind, monkeypatch):
+def test_kl_term_has_its_gradient(kind, monkeypatch, pieces_come_back):
     """With β the gradient is that of the loss plus β times the summed KL of every trajectory, also those of weight 0; so it
     is with the estimators of ema_pg.py."""
     monkeypatch.setattr(empg, "LOGIT_ROWS", 8)
-    monkeypatch.setattr(empg, "log_probs", empg.log_probs)
     ema_pg.replace(kind, k=3)
-    model, reference, kl = make_model(), make_model(seed=1).requires_grad_(False), 0.0
-    for i, r in enumerate(RESPONSES):
-        both = [plain_logits(m, PROMPTS[i // 2], r) / 0.7 for m in (model, reference)]
-        log_pi, log_ref = (x.log_softmax(-1) for x in both)
+    model = make_model()
+    reference = make_model(seed=1).requires_grad_(False)
+    kl = 0.0
+    for prompt, response in zip(PROMPT_OF, RESPONSES):
+        logits = plain_logits(model, prompt, response) / 0.7
+        ref_logits = plain_logits(reference, prompt, response) / 0.7
+        log_pi = logits.log_softmax(-1)
+        log_ref = ref_logits.log_softmax(-1)
         if kind == "exact":
             kl += (log_pi.exp() * (log_pi - log_ref)).sum()
         elif kind == "k3":
-            kl += ema_pg.kl_k3(log_pi[range(len(r)), r], log_ref[range(len(r)), r]).sum()
+            places = range(len(response))
+            kl += ema_pg.kl_k3(log_pi[places, response], log_ref[places, response]).sum()
         else:
-            kl += ema_pg.kl_topk(*both, torch.tensor(r), 3).sum()
-    (plain_loss(model, WEIGHTS, 0.7) + 0.3 * kl / 8).backward()
+            kl += ema_pg.kl_topk(logits, ref_logits, torch.tensor(response), 3).sum()
+    (plain_loss(model, WEIGHTS, 0.7) + 0.3 * kl / len(RESPONSES)).backward()
     expected = flat_grad(model)
-    (_, got), stats = update(model, reference=reference, beta=0.3, temperature=0.7, micro_batch_tokens=40)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # of the KL the logits are float32
-    assert stats["kl"] == pytest.approx(kl.item() / sum(map(len, RESPONSES)), rel=1e-5)
+    followed, statistics = update(model, reference=reference, beta=0.3, temperature=0.7, micro_batch_tokens=40)
+    torch.testing.assert_close(followed, expected, rtol=1e-4, atol=1e-5)  # for the KL the logits are float32
+    assert statistics["kl"] == pytest.approx(kl.item() / sum(map(len, RESPONSES)), rel=1e-5)
 
 
 # ---- Tasks: problems, prompts and grading
@@ -632,20 +891,28 @@ CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>{% endfor %}{
 def test_chat_templates_and_the_tokens_that_stop():
     """The prompt follows the chat template or is plain, and braces in it are safe; EOS, the generation config's and the
     token with which the template closes an answer, as a base model often does, all end a response."""
-    tokenizer, model = make.character_tokenizer(), make_model()
-    task, problems = dataclasses.replace(empg.TASKS["sums"], prompt="{question}#{"), [{"question": "3+8="}]
+    tokenizer = make.character_tokenizer()
+    model = make_model()
+    task = dataclasses.replace(empg.TASKS["sums"], prompt="{question}#{")
+    problems = [{"question": "3+8="}]
+
+    # 1) A base model without a template.
     empg.add_prompts(problems, task, tokenizer)
-    assert empg.room_for_responses(problems, model) == 64 - 6 and empg.stop_tokens(tokenizer, model) == [1]
-    assert tokenizer.decode(problems[0]["prompt"]) == "3+8=#<unk>"
+    assert tokenizer.decode(problems[0]["prompt"]) == "3+8=#<unk>"  # "{" is not in the vocabulary
+    assert empg.room_for_responses(problems, model) == 64 - len("3+8=#{")
+    assert empg.stop_tokens(tokenizer, model) == [1]
+
+    # 2) A chat model.
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "<|user|>", "<|bot|>"]})
     tokenizer.chat_template = CHAT
     model.generation_config.eos_token_id = [1, 7]
-    assert empg.stop_tokens(tokenizer, model) == [1, 7, tokenizer.convert_tokens_to_ids("<end>")]
     empg.add_prompts(problems, task, tokenizer)
     assert tokenizer.decode(problems[0]["prompt"]) == "<|user|>3+8=#<unk><end><|bot|>"
+    assert empg.stop_tokens(tokenizer, model) == [1, 7, tokenizer.convert_tokens_to_ids("<end>")]
 
 
-GSM8K, MATH = empg.TASKS["gsm8k"], empg.TASKS["math-hard"]
+GSM8K = empg.TASKS["gsm8k"]
+MATH = empg.TASKS["math-hard"]
 # gold :: right | right :: wrong | wrong
 BOXES = {
     "gsm8k": r"""
@@ -670,13 +937,16 @@ def test_mistake_list_of_guesses_rewarded():
     """A box is right if it holds the answer in any usual form, and wrong if it lists candidates."""
     for name, table in BOXES.items():
         for line in table.strip().splitlines():
-            gold, right, wrong = (part.strip().split(" | ") for part in line.split("::"))
+            [gold], right, wrong = (part.strip().split(" | ") for part in line.split("::"))
+            # The data sets write their answers in these forms.
+            answers = (gold, f"2 + 2 = <<2+2=4>>4\n#### {gold}", rf"We find $\boxed{{{gold}}}$.")
             for text in right + wrong:
-                for answer in (gold[0], f"2 + 2 = <<2+2=4>>4\n#### {gold[0]}", rf"We find $\boxed{{{gold[0]}}}$."):
-                    response = rf"Let $x = \boxed{{77}}$. So it is $\boxed{{{text}}}$."
+                response = rf"Let $x = \boxed{{77}}$. So it is $\boxed{{{text}}}$."
+                for answer in answers:
                     assert empg.TASKS[name].reward(response, answer) == (text in right), (name, gold, text)
 
 
+# response :: the number that is its answer
 TEXTS = r"""
 #### 72 :: 72 | #### $1,200.00 :: 1,200 | #### 5 and then 7 8 :: 5 | **$18** :: 18 | A: 1,200 :: 1200 | 10-3 :: 3
 The answer is: 18. :: 18 | The answer is 18. Let me double check: 3*6=18 and 2+2=4 :: 18 | no idea :: None
@@ -686,11 +956,16 @@ The final answer is $18.50. :: 18.5 | So the answer is 144 - 24 = 120. :: 120 | 
 
 
 def test_where_the_answer_of_a_response_is():
-    """The last box, else the first number after the last "####" or "answer is", else the last number; MATH needs a box."""
-    for response, gold in (case.split(" :: ") for case in re.split(r"\n| \| ", TEXTS.strip())):
-        assert GSM8K.reward(response, gold) == (gold != "None") and MATH.reward(response, gold) == ("boxed" in response)
-        assert (empg.final_answer(response) is None) == (gold == "None"), response
-    assert not any(MATH.reward(text, "5") for text in ("", "5", r"\boxed{}", r"\boxed{5", r"\boxed", r"\boxed{ }"))
+    """The answer of a response is its last box, else the first number after the last "####" or "answer is", else the last
+    number; in MATH only a box counts."""
+    for case in re.split(r"\n| \| ", TEXTS.strip()):
+        response, gold = case.split(" :: ")
+        has_answer = gold != "None"
+        assert (empg.final_answer(response) is not None) == has_answer, response
+        assert GSM8K.reward(response, gold) == has_answer, response
+        assert MATH.reward(response, gold) == ("boxed" in response), response
+    for text in ("", "5", r"\boxed{}", r"\boxed{5", r"\boxed", r"\boxed{ }"):
+        assert not MATH.reward(text, "5"), text
     assert empg.last_boxed(r"so \boxed{\frac{1}{\sqrt{2}}}, as") == r"\frac{1}{\sqrt{2}}"
 
 
@@ -701,10 +976,14 @@ def test_gold_answers(name, task):
     rows = read_rows(SHARED / name / "test.jsonl")
     answers = [row.get("answer") or row["solution"] for row in rows]
     golds = [empg.last_boxed(answer) or answer.rpartition("####")[2].strip() for answer in answers]
+    forms = [r"so $\boxed{%s}$.", r"\boxed{%s.}"]
+    if task is GSM8K:
+        forms += ["#### %s", "So: %s."]
     for answer, gold, other in zip(answers, golds, golds[1:] + golds[:1]):
-        for form in (r"so $\boxed{%s}$.", r"\boxed{%s.}", *(("#### %s", "So: %s.") if task is GSM8K else ())):
+        for form in forms:
             assert task.reward(form % gold, answer) == 1, form % gold
-        assert task.reward(rf"\boxed{{{other}}}", answer) == (gold.replace(",", "") == other.replace(",", ""))
+        is_equal = gold.replace(",", "") == other.replace(",", "")
+        assert task.reward(rf"\boxed{{{other}}}", answer) == is_equal, (gold, other)
 
 
 STRANGE = [*"\\²½{}$%^_=٣", r"9^{9^{9}}", r"\sum_{k=1}^{10^9}k^{99}", "}{", "1/0", "1e999", r"\frac{", r"\text{", "\0"]
@@ -712,11 +991,12 @@ STRANGE += ["\ud800", " ", r"\text{" * 40 + "}" * 40, "(" * 100]
 STRANGE += [text * (20_000 // len(text)) for text in (r"\frac{", r"\boxed{", "1,", "9", r"\text{or 1} ")]
 
 
-def test_grading_never_raises_or_hangs():
-    """Whatever a model writes, grading returns, after 2 s at most for each of its parts, and nothing odd is right."""
+@pytest.mark.parametrize("task", [GSM8K, MATH], ids=["gsm8k", "math-hard"])
+def test_grading_never_raises_or_hangs(task):
+    """Whatever a model writes, grading returns, and nothing odd is right. (Without a time limit, 9^{9^{9}} would not end.)"""
     for text in STRANGE:
         for response in (rf"\boxed{{{text}}}", rf"\boxed{{{text}", f"the answer is {text}"):
-            assert GSM8K.reward(response, "18") == MATH.reward(response, "18") == 0
+            assert task.reward(response, "18") == 0, response
 
 
 # ---- Whole runs
@@ -732,28 +1012,71 @@ def tiny(tmp_path_factory):
 
 
 def options(model, output, /, *flags, **changes) -> list[str]:
-    values = {"model": model, "task": "sums", "output": output, "steps": 2, "prompts_per_step": 4, "num_samples": 4,
-              "max_new_tokens": 8, "lr": 1e-3, "eval_every": 1, "eval_problems": 6, "device": "cpu"} | changes  # fmt: skip
-    return [*(f"--{name}={value}" for name, value in values.items()), *flags]
+    """The command line of a short run."""
+    values = {
+        "model": model,
+        "task": "sums",
+        "output": output,
+        "steps": 2,
+        "prompts_per_step": 4,
+        "num_samples": 4,
+        "max_new_tokens": 8,
+        "lr": 1e-3,
+        "eval_every": 1,
+        "eval_problems": 6,
+        "device": "cpu",
+    }
+    return [*(f"--{name}={value}" for name, value in (values | changes).items()), *flags]
 
 
-load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+def load(path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path: Path, **splits) -> Path:
+    """Makes a directory with a file SPLIT.jsonl for each split."""
+    path.mkdir()
+    for split, rows in splits.items():
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def metrics(output) -> list[dict]:
     """The rows of a run, but for the seconds."""
     rows = read_rows(Path(output) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if "second" not in k and v is not None} for row in rows]
+    return [{name: value for name, value in row.items() if "second" not in name and value is not None} for row in rows]
+
+
+def same_metrics(one: list[dict], two: list[dict]) -> None:
+    """Equal up to rounding."""
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def same_run(one: Path, two: Path) -> None:
+    """Equal to the last bit: what was recorded, but for the seconds, and the weights."""
+    assert metrics(one) == metrics(two)
+    assert torch.equal(flat(load(one / "model")), flat(load(two / "model")))
 
 
 def change(monkeypatch, name="sums", **fields):
+    """Changes fields of a task."""
     monkeypatch.setitem(empg.TASKS, name, dataclasses.replace(empg.TASKS[name], **fields))
 
 
 def spy(monkeypatch, name, note, module=empg):
-    """Tell `note` the arguments of a function, and its result, at every call."""
+    """Calls note(arguments, keywords, result) after every call of a function."""
     original = getattr(module, name)
-    watched = lambda *args, **how: (result := original(*args, **how), note(args, how, result))[0]
+
+    def watched(*args, **keywords):
+        result = original(*args, **keywords)
+        note(args, keywords, result)
+        return result
+
     monkeypatch.setattr(module, name, watched)
 
 
@@ -765,147 +1088,246 @@ def odd_is_right(monkeypatch):
 
 def test_a_run_leaves_what_it_promises(tiny, tmp_path, odd_is_right, monkeypatch, capsys):
     """metrics.jsonl has every key, config.json every option, wandb every row; the saved model gives the same greedy text."""
-    logged, rewards = [], []
-    spy(monkeypatch, "sample_trajectories", lambda _, how, rows: rewards.append([row["reward"] for row in rows]))
+    rewards = []
+    spy(monkeypatch, "sample_trajectories", lambda _, __, rows: rewards.append([row["reward"] for row in rows]))
+    logged = []
     wandb = types.SimpleNamespace(run=None, log=logged.append)
-    wandb.init = lambda **how: setattr(wandb, "run", how)
+    wandb.init = lambda **settings: setattr(wandb, "run", settings)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     empg.main(options(tiny, tmp_path, "--wandb", steps=3, eval_every=2))
-    keys = "step reward response_tokens loss grad_norm kl entropy sample_seconds update_seconds step_seconds"
-    keys = {*keys.split(), "tokens_per_second", "no_signal", "cut", "skipped_updates"}
+
+    # 1) The records.
+    keys = {
+        *(
+            "step",
+            "reward",
+            "response_tokens",
+            "loss",
+            "grad_norm",
+            "kl",
+            "entropy",
+            "sample_seconds",
+            "update_seconds",
+        ),
+        *("step_seconds", "tokens_per_second", "no_signal", "cut", "skipped_updates"),
+    }
     steps = [row for row in logged if "reward" in row]
-    assert [row["step"] for row in steps] == [1, 2, 3] and all(keys == set(row) for row in steps)
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert all(set(row) == keys for row in steps)
     assert [row["step"] for row in logged if "eval_accuracy" in row] == [0, 2, 3]
     assert read_rows(tmp_path / "metrics.jsonl") == logged
     batches = [np.reshape(batch, (4, 4)) for batch in rewards if len(batch) == 16]
     assert [row["no_signal"] for row in steps] == [np.mean(batch.std(1) == 0) for batch in batches]
     assert f"no_signal {steps[0]['no_signal']:.3f}" in capsys.readouterr().out
-    assert steps[0]["kl"] is None and 0 < steps[0]["entropy"] < 4 and 0 < steps[0]["cut"] < 1
+    assert steps[0]["kl"] is None
+    assert 0 < steps[0]["entropy"] < 4
+    assert 0 < steps[0]["cut"] < 1
+
+    # 2) The options.
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert {field.name for field in dataclasses.fields(empg.Config)} == set(saved) and saved["seed"] == 0
-    model, tokenizer = load(tmp_path / "model"), AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert set(saved) == {field.name for field in dataclasses.fields(empg.Config)}
+    assert saved["seed"] == 0
+
+    # 3) The model.
+    model = load(tmp_path / "model")
+    assert not torch.equal(flat(model), flat(load(tiny)))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     prompts = tokenizer(["3+8+5+2=", "1+1+1+1="])["input_ids"]
     generated = model.generate(torch.tensor(prompts), max_new_tokens=8, do_sample=False)[:, len(prompts[0]) :]
     sampled = empg.sample(model, prompts, 1, 8, temperature=0, **LIMITS)
     assert tokenizer.batch_decode(generated, True) == tokenizer.batch_decode(sampled, True)
-    assert not torch.equal(flat(model), flat(load(tiny)))
+
+
+def test_a_bfloat16_run_samples_and_computes_in_bfloat16(tiny, tmp_path, odd_is_right, monkeypatch):
+    """With --dtype bfloat16, as on a GPU, θ* is in bfloat16, and θ stays in float32 while autocast computes in bfloat16."""
+    sampled_from = set()
+    learned_with = set()
+    spy(monkeypatch, "sample_trajectories", lambda args, *_: sampled_from.add(args[0].dtype))
+    is_enabled = functools.partial(torch.is_autocast_enabled, "cpu")
+    spy(monkeypatch, "micro_batch_loss", lambda args, *_: learned_with.add((args[0].dtype, is_enabled())))
+    empg.main(options(tiny, tmp_path, steps=1, dtype="bfloat16"))
+    assert sampled_from == {torch.bfloat16}
+    assert learned_with == {(torch.float32, True)}
+    assert not torch.equal(flat(load(tmp_path / "model")), flat(load(tiny)))
 
 
 def test_mistake_seed_without_iteration(tiny, tmp_path, odd_is_right, monkeypatch):
     """Each iteration, prompt and seed draws anew, problems without repetition in a pass; one seed gives one run, however
     many responses are sampled at a time."""
-    used, drawn = [], []
-    spy(monkeypatch, "sample", lambda args, how, _: used.extend(how["seeds"] if how["temperature"] else []))
-    spy(monkeypatch, "sample_trajectories", lambda args, *_: drawn.extend(p["question"] for p in args[3]))
     problems = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(8)]
-    change(monkeypatch, problems=lambda _, split: [dict(p) for p in problems] if split == "train" else [])
+    change(monkeypatch, problems=lambda _, split: [dict(problem) for problem in problems] if split == "train" else [])
+    seeds = {}
+    questions = {}
     for name, more in (("a", {}), ("b", {"sample_batch": 5}), ("c", {"seed": 1})):
-        empg.main(options(tiny, tmp_path / name, eval_every=0, steps=4, **more))
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
-    assert used[:16] == used[16:32] and len(set(used)) == len(used[16:]) == 32
-    assert len(set(drawn[:8])) == len(set(drawn[8:16])) == 8 and drawn[:8] != drawn[8:16]
-    assert drawn[:16] == drawn[16:32] != drawn[32:]
+        seeds_of_run = seeds[name] = []
+        questions_of_run = questions[name] = []
+
+        def note_seeds(args, keywords, result, seeds_of_run=seeds_of_run):
+            if keywords["temperature"] > 0:  # `check_model` samples too, greedily
+                seeds_of_run.extend(keywords["seeds"])
+
+        def note_questions(args, keywords, result, questions_of_run=questions_of_run):
+            questions_of_run.extend(problem["question"] for problem in args[3])
+
+        with monkeypatch.context() as patch:
+            spy(patch, "sample", note_seeds)
+            spy(patch, "sample_trajectories", note_questions)
+            empg.main(options(tiny, tmp_path / name, eval_every=0, steps=4, **more))
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert metrics(tmp_path / "b") != metrics(tmp_path / "c")
+    # Four iterations of four prompts: 16 seeds, and two passes over the 8 problems.
+    assert len(seeds["a"]) == len(seeds["c"]) == 16
+    assert seeds["a"] == seeds["b"]
+    assert len({*seeds["a"], *seeds["c"]}) == 32
+    first_pass = questions["a"][:8]
+    second_pass = questions["a"][8:]
+    assert len(set(first_pass)) == len(set(second_pass)) == 8
+    assert first_pass != second_pass
+    assert questions["a"] == questions["b"] != questions["c"]
 
 
 def test_mistakes_old_policy_not_refreshed_or_refreshed_too_often(tiny, tmp_path, odd_is_right, monkeypatch):
     """θ* ← θ at every iteration: whenever trajectories are drawn, the frozen copy has the trained policy's weights. It keeps
-    them through all --updates on one buffer, while θ moves on."""
-    policies, frozen, apart, moved = [], [], [], []
-    spy(monkeypatch, "distribute", lambda args, how, policy: policies.append(policy))
+    them through all --updates on one buffer, while θ moves on. The learning rate rises during five iterations."""
+    policies = []
+    frozen = {}
+    distances_when_sampling = []
+    distances_after_update = []
+    learning_rates = []
 
-    def drawn(args, *_):
-        frozen[:] = [args[0], flat(args[0])]
-        apart.append((flat(args[0]) - flat(policies[0])).abs().max().item())
+    def after_sampling(args, *_):
+        frozen["model"] = args[0]
+        frozen["weights"] = flat(args[0])
+        distances_when_sampling.append((frozen["weights"] - flat(policies[0])).abs().max().item())
 
-    def updated(args, *_):
-        assert torch.equal(flat(frozen[0]), frozen[1])
-        moved.append((flat(args[0]) - frozen[1]).norm().item())
+    def after_update(args, *_):
+        policy, optimizer = args[:2]
+        assert torch.equal(flat(frozen["model"]), frozen["weights"])
+        distances_after_update.append((flat(policy) - frozen["weights"]).norm().item())
+        learning_rates.append(optimizer.param_groups[0]["lr"])
 
-    spy(monkeypatch, "sample_trajectories", drawn)
-    spy(monkeypatch, "update", updated)
-    empg.main(options(tiny, tmp_path, steps=5, eval_every=2, updates=3))
-    assert len(apart) == 9 and max(apart) == 0 and (flat(policies[0]) - flat(load(tiny))).abs().max() > 1e-3
-    assert len(moved) == 15 and all(0 < one < two < three for one, two, three in np.reshape(moved, (5, 3)))
-
-
-def test_the_reference_stays_or_follows(tiny, tmp_path, odd_is_right, monkeypatch):
-    """It is there with β only, and stays; with ema_pg.py it follows θ_ref ← decay · θ_ref + (1 - decay) · θ, and a run that is
-    stopped and resumed ends as one that is not."""
-    placed, thetas, one_update = [], [], empg.update
-    spy(monkeypatch, "distribute", lambda args, how, model: placed.append(model))
-    for decay in (1.0, 0.7):
-        monkeypatch.setattr(empg, "update", one_update)
-        ema_pg.replace("exact", decay=decay, every=2)
-        placed.clear(), thetas.clear()
-        spy(monkeypatch, "update", lambda args, *_: thetas.append(flat(args[0])))
-        more = {"lr": 0.01, "eval_every": 0, "beta": 0.1}
-        empg.main(options(tiny, tmp_path / str(decay), steps=5, **more))
-        expected = flat(load(tiny))
-        for theta in (thetas[1], thetas[3]):
-            expected = decay * expected + (1 - decay) * theta
-        kl = [row["kl"] for row in metrics(tmp_path / str(decay))]
-        assert kl[0] == pytest.approx(0, abs=1e-6) and max(kl) > 1e-5 and len(placed) == 2
-        torch.testing.assert_close(flat(placed[0]), expected)  # the reference; after it the policy
-        for steps in (3, 5):
-            empg.main(options(tiny, tmp_path / f"{decay}-parts", "--resume", steps=steps, **more))
-        same_run(tmp_path / str(decay), tmp_path / f"{decay}-parts")
+    spy(monkeypatch, "distribute", lambda _, __, policy: policies.append(policy))
+    spy(monkeypatch, "sample_trajectories", after_sampling)
+    spy(monkeypatch, "update", after_update)
+    empg.main(options(tiny, tmp_path, steps=6, eval_every=2, updates=3, lr=1e-3))
+    assert distances_when_sampling == [0] * (6 + 4)  # six iterations, and evaluations after 0, 2, 4 and 6
+    assert (flat(policies[0]) - flat(load(tiny))).abs().max() > 1e-3
+    assert len(distances_after_update) == 6 * 3
+    for one, two, three in np.reshape(distances_after_update, (6, 3)):
+        assert 0 < one < two < three
+    rates = [1e-3 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 1)]
+    assert learning_rates == pytest.approx(np.repeat(rates, 3).tolist())
 
 
-def write_rows(path: Path, **splits) -> Path:
-    path.mkdir()
-    for split, rows in splits.items():
-        (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+def test_the_reference_stays_or_follows(decay, tiny, tmp_path, odd_is_right, monkeypatch, pieces_come_back):
+    """With --beta the reference stays at the base model; with ema_pg.py it follows θ_ref ← decay · θ_ref + (1 - decay) · θ
+    every second iteration, and a run that is stopped and resumed ends with the same weights."""
+    placed = []
+    thetas = []
+    spy(monkeypatch, "distribute", lambda _, __, model: placed.append(model))
+    ema_pg.replace("exact", decay=decay, every=2)
+    spy(monkeypatch, "update", lambda args, *_: thetas.append(flat(args[0])))
+    more = {"lr": 0.01, "eval_every": 0, "beta": 0.1}
+    empg.main(options(tiny, tmp_path / "whole", steps=5, **more))
+    expected = flat(load(tiny))
+    for theta in (thetas[1], thetas[3]):  # after the second iteration and the fourth
+        expected = decay * expected + (1 - decay) * theta
+    reference, _policy = placed
+    torch.testing.assert_close(flat(reference), expected)
+    kl = [row["kl"] for row in metrics(tmp_path / "whole")]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert max(kl) > 1e-5
+
+    for steps in (3, 5):
+        empg.main(options(tiny, tmp_path / "parts", "--resume", steps=steps, **more))
+    same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_mistake_held_out_problems_in_training(tiny, tmp_path, monkeypatch):
-    """A question that stands in both splits is not trained on, however few problems the evaluation uses."""
+@pytest.mark.parametrize("more", [{"eval_problems": 1}, {"eval_every": 0}], ids=["few-held-out", "no-evaluation"])
+def test_mistake_held_out_problems_in_training(more, tiny, tmp_path, monkeypatch):
+    """A question that stands in both splits is not trained on, even if it differs in spacing or in upper and lower case, and
+    however few problems the evaluation uses, if any."""
     seen = []
     monkeypatch.setattr(empg, "train", lambda *args: seen.extend(args[5:7]))
-    row = lambda i: {"question": f"{i}+{i}=", "answer": 2 * i}  # numbers will do for answers
-    copies = [{"question": " 3+3=\n", "answer": "6"}, {"question": "5+5= ", "answer": "10"}]
-    data = write_rows(tmp_path / "data", train=[*map(row, range(8)), *copies], test=[row(i) for i in (1, 3, 5, 9)])
+
+    def row(i):
+        return {"question": f"{i}+{i}=", "answer": 2 * i}  # numbers will do for answers
+
+    copies = [
+        {"question": " 3+3=\n", "answer": "6"},
+        {"question": "5+5= ", "answer": "10"},
+        {"question": "ADD 1+8=", "answer": "9"},
+    ]
+    train = [*map(row, range(8)), *copies]
+    test = [*map(row, (1, 3, 5, 9)), {"question": "add  1+8=", "answer": 9}]
+    data = write_rows(tmp_path / "data", train=train, test=test)
     change(monkeypatch, "gsm8k", prompt="{question}")
-    for more in ({"eval_problems": 1}, {"eval_every": 0}):  # nor if nothing is evaluated now
-        seen.clear()
-        empg.main(options(tiny, tmp_path / f"run{len(more)}{more}", task="gsm8k", data=data, **more))
-        assert [p["question"] for p in seen[0]] == [f"{i}+{i}=" for i in (0, 2, 4, 6, 7)]
-        assert len(seen[1]) == ("eval_problems" in more) and GSM8K.reward("so 14", seen[0][-1]["answer"]) == 1
-    sums = {split: {row["question"] for row in empg.sums_problems(None, split)} for split in ("train", "test")}
-    assert len(sums["train"]) == 9500 and len(sums["test"]) == 500 and not sums["train"] & sums["test"]
+    empg.main(options(tiny, tmp_path / "run", task="gsm8k", data=data, **more))
+    problems, held_out = seen
+    assert [problem["question"] for problem in problems] == [f"{i}+{i}=" for i in (0, 2, 4, 6, 7)]
+    assert len(held_out) == ("eval_problems" in more)
+    assert GSM8K.reward("so 14", problems[-1]["answer"]) == 1
+
+
+def test_the_sums_that_are_held_out_are_not_trained_on():
+    """The task sums has 9,500 questions to train on and 500 others to evaluate on."""
+    train = {row["question"] for row in empg.sums_problems(None, "train")}
+    test = {row["question"] for row in empg.sums_problems(None, "test")}
+    assert (len(train), len(test)) == (9500, 500)
+    assert not train & test
 
 
 # ---- Many processes
 
-# What a run sees and does: its trajectories, and the gradients of its updates. Prompts are of unequal length, and few have
-# signal, so that the processes differ in work.
-CHILD = f"""
+# A run that notes what it sees and does, as a program of its own. Call it with a file for these notes, and the options.
+CHILD = """
 import dataclasses, gc, os, sys
-sys.path.insert(0, {str(HERE)!r})
-import torch, empg
+sys.path.insert(0, PROJECT)
+import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-seen = {{"trajectories": [], "gradients": []}}
-def sample_trajectories(*args, sample_trajectories=empg.sample_trajectories, **options):
-    rows = sample_trajectories(*args, **options)
+import empg
+
+seen = {"trajectories": [], "gradients": []}
+
+# 1) Note what is sampled.
+original_sample_trajectories = empg.sample_trajectories
+def sample_trajectories(*args, **options):
+    rows = original_sample_trajectories(*args, **options)
     seen["trajectories"].append([(row["prompt"], row["response"]) for row in rows])
     return rows
 empg.sample_trajectories = sample_trajectories
-problems = [{{"question": "0+" * (i % 4) + f"{{i}}=", "answer": str(i % 4)}} for i in range(100, 150)]
-reward = lambda response, answer: float(len(response) % 2) if int(answer) < 2 else 0.0
-change = {{"reward": reward, "problems": lambda data, split: problems[:6] if split == "test" else problems[6:]}}
-empg.TASKS["sums"] = dataclasses.replace(empg.TASKS["sums"], **change)
-def hook(optimizer, args, kwargs):
-    grads = [p.new_zeros(()) if p.grad is None else p.grad for group in optimizer.param_groups for p in group["params"]]
-    held = [optimizer.param_groups[0]["params"], grads, *(s.values() for s in optimizer.state.values())]
-    seen["held"] = sum(getattr(t, "_local_tensor", t).numel() for tensors in held for t in tensors if t.ndim)
-    seen["gradients"].append(torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten() for g in grads]))
-register_optimizer_step_pre_hook(hook)
-def destroy(destroy=empg.dist.destroy_process_group):  # DDP that outlives its process group can hang
+
+# 2) Prompts are of unequal length, and only half of them can be rewarded: so the processes differ in work.
+problems = [{"question": "0+" * (i % 4) + f"{i}=", "answer": str(i % 4)} for i in range(100, 150)]
+def reward(response, answer):
+    return float(len(response) % 2) if int(answer) < 2 else 0.0
+def split_problems(data, split):
+    return problems[:6] if split == "test" else problems[6:]
+empg.TASKS["sums"] = dataclasses.replace(empg.TASKS["sums"], reward=reward, problems=split_problems)
+
+# 3) Before each step note the gradient, joined over the processes, and how many numbers this process holds.
+def note_step(optimizer, args, kwargs):
+    parameters = optimizer.param_groups[0]["params"]
+    gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in parameters]
+    averages = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    tensors = [tensor for tensor in (*parameters, *gradients, *averages) if tensor.ndim]  # not Adam's counters
+    seen["held"] = sum(getattr(tensor, "_local_tensor", tensor).numel() for tensor in tensors)
+    whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+    seen["gradients"].append(torch.cat([g.flatten() for g in whole]))
+register_optimizer_step_pre_hook(note_step)
+
+# 4) A DDP model that outlives its process group can hang.
+original_destroy = empg.dist.destroy_process_group
+def destroy():
     assert not any(type(thing).__name__ == "DistributedDataParallel" for thing in gc.get_objects())
-    destroy()
+    original_destroy()
 empg.dist.destroy_process_group = destroy
+""".replace("PROJECT", repr(str(HERE)))
+SAVE = """
+empg.main(sys.argv[2:])
+torch.save(seen, sys.argv[1] + "." + os.environ.get("RANK", "0"))
 """
-SAVE = 'empg.main(sys.argv[2:])\ntorch.save(seen, sys.argv[1] + "." + os.environ.get("RANK", "0"))\n'
 WATCH = [sys.executable, "-c", CHILD + SAVE]
 
 
@@ -920,12 +1342,14 @@ def run(command: list, **env) -> subprocess.CompletedProcess:
 def run_ranks(processes: int, command: list) -> None:
     """As torchrun does it, but for watching over them, which takes seconds to start."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        env = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        port = str(server.getsockname()[1])
+    env = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     with ThreadPoolExecutor(processes) as threads:
         list(threads.map(lambda rank: run(command, **env, **rank), ranks))
 
 
+UNEVEN = {"num_samples": 6, "micro_batch_tokens": 60, "steps": 3, "prompts_per_step": 5}
 KL = {"beta": 0.1, "updates": 2}
 SHARD = ["--shard", "--gradient-checkpointing"]
 
@@ -933,51 +1357,41 @@ SHARD = ["--shard", "--gradient-checkpointing"]
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory):
     """Runs in one process, without and with a KL: their options, what they see and what they record."""
-    kinds = {
-        kind: {"num_samples": 6, "micro_batch_tokens": 60, "steps": 3, "prompts_per_step": 5}
-        for kind in ("plain", "kl")
-    }
-    kinds["kl"] |= KL
     path = tmp_path_factory.mktemp("alone")
-    words = [[*WATCH, path / kind, *options(tiny, path / f"run-{kind}", **kinds[kind])] for kind in kinds]
+    kinds = {"plain": UNEVEN, "kl": UNEVEN | KL}
+    commands = [[*WATCH, path / kind, *options(tiny, path / f"run-{kind}", **more)] for kind, more in kinds.items()]
     with ThreadPoolExecutor() as threads:
-        list(threads.map(run, words))
-    return {kind: (kinds[kind], torch.load(path / f"{kind}.0"), metrics(path / f"run-{kind}")) for kind in kinds}
+        list(threads.map(run, commands))
+    return {kind: (more, torch.load(path / f"{kind}.0"), metrics(path / f"run-{kind}")) for kind, more in kinds.items()}
 
 
-def same_metrics(one: list[dict], two: list[dict]) -> None:
-    """Equal up to rounding."""
-    for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("n,kind,flags", [(2, "plain", []), (4, "kl", []), (2, "kl", SHARD), (4, "plain", SHARD)])
-def test_mistakes_statistics_per_rank_and_mean_over_ranks(alone, n, kind, flags, tiny, tmp_path):
-    """1, 2 and 4 processes, whole or sharded: the same trajectories, gradients within 1e-5, the same metrics."""
-    changes, single, rows = alone[kind]
-    run_ranks(n, [*WATCH, tmp_path / "seen", *options(tiny, tmp_path / "run", *flags, **changes)])
-    ranks = [torch.load(tmp_path / f"seen.{rank}") for rank in range(n)]
-    for rank in ranks:  # weights, gradients and Adam's averages are split, but for what does not divide evenly
-        assert rank["held"] <= (1.1 * single["held"] / n if flags else single["held"])
-        assert (
-            rank["trajectories"] == single["trajectories"] and len(rank["gradients"]) == len(single["gradients"]) >= 3
-        )
-        assert all(map(torch.equal, rank["gradients"], ranks[0]["gradients"]))
-        for ours, theirs in zip(rank["gradients"], single["gradients"], strict=True):
-            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+@pytest.mark.parametrize(
+    ("processes", "kind", "flags"), [(2, "plain", []), (4, "kl", []), (2, "kl", SHARD), (4, "plain", SHARD)]
+)
+def test_mistakes_statistics_per_rank_and_mean_over_ranks(alone, processes, kind, flags, tiny, tmp_path):
+    """Runs on 2 and 4 processes, whole (DDP) or sharded (FSDP), sample the same trajectories as a run on one, follow its
+    gradients within 1e-5 and record its metrics; sharded, each process holds its share of the weights."""
+    more, single, rows = alone[kind]
+    run_ranks(processes, [*WATCH, tmp_path / "seen", *options(tiny, tmp_path / "run", *flags, **more)])
     same_metrics(rows, metrics(tmp_path / "run"))
+    ranks = [torch.load(tmp_path / f"seen.{rank}") for rank in range(processes)]
+    for rank in ranks:
+        assert rank["trajectories"] == single["trajectories"]
+        assert len(rank["gradients"]) == len(single["gradients"]) >= 3
+        for one, first, expected in zip(rank["gradients"], ranks[0]["gradients"], single["gradients"]):
+            assert torch.equal(one, first)
+            assert (one - expected).norm() <= 1e-5 * expected.norm()
+        # Weights, gradients and Adam's averages. (A tenth more, since not everything divides evenly.)
+        share = 1.1 / processes if flags else 1
+        assert rank["held"] <= share * single["held"]
 
 
 # ---- Checkpoints and kills: real signals to real processes
 
 
-def same_run(one: Path, two: Path) -> None:
-    """Equal to the last bit: what was recorded, but for the seconds, and the weights."""
-    assert metrics(one) == metrics(two) and torch.equal(*(flat(load(path / "model")) for path in (one, two)))
-
-
 def test_mistake_adams_averages_not_in_the_checkpoint(tiny, tmp_path, odd_is_right):
-    """Stopped and resumed, before its first checkpoint, behind one or after its end, with a moving reference: the same."""
+    """A run that is stopped after four of six iterations and resumed, and resumed again when it is done, ends as one that
+    was not stopped, bit for bit, and keeps one checkpoint."""
     empg.main(options(tiny, tmp_path / "whole", steps=6, **KL))
     for steps in (4, 6, 6):
         empg.main(options(tiny, tmp_path / "parts", "--resume", steps=steps, save_every=3, **KL))
@@ -989,43 +1403,55 @@ KILLS = int(os.environ.get("EMPG_KILLS", "2"))
 
 
 def test_no_kill_loses_more_than_the_work_since_the_last_checkpoint(tiny, tmp_path):
-    """SIGKILL at random moments, in the middle of writing too: the newest checkpoint is whole, and the end is the same."""
-    saved, more = 0, {"steps": 6 * KILLS, "save_every": 1}
-    words = [str(word) for word in (*WATCH, tmp_path / "seen", *options(tiny, tmp_path / "run", "--resume", **more))]
+    """A run that SIGKILL ends at random moments, also while it writes, resumes each time from its newest checkpoint, and ends
+    with the metrics and weights, bit for bit, of a run that nothing disturbed."""
+    more = {"steps": 6 * KILLS, "save_every": 1}
+    command = [*WATCH, tmp_path / "seen", *options(tiny, tmp_path / "run", "--resume", **more)]
+    undisturbed = [*WATCH, tmp_path / "seen-undisturbed", *options(tiny, tmp_path / "undisturbed", **more)]
+    random_seconds = np.random.default_rng()  # without a seed on purpose: other moments in every run of the tests
+    saved = 0
     for _ in range(KILLS):
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        # Wait for its first iteration, and a little more.
         text = "".join(itertools.takewhile(lambda line: " reward " not in line, process.stdout))
         assert saved == 0 or f"Resuming after iteration {saved}\n" in text
-        time.sleep(np.random.default_rng().uniform(0, 0.5))
+        time.sleep(random_seconds.uniform(0, 0.5))
         process.kill()
         process.wait()
         saved = max([saved, *(int(path.name[-6:]) for path in (tmp_path / "run").glob("checkpoint-*"))])
     with ThreadPoolExecutor() as threads:
-        list(threads.map(run, [words, [*WATCH, tmp_path / "seen", *options(tiny, tmp_path / "undisturbed", **more)]]))
+        last, _ = threads.map(run, [command, undisturbed])
+    assert saved == 0 or f"Resuming after iteration {saved}\n" in last.stdout
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
-KILLED = f"""{CHILD}
+KILLED_ONCE = """
 import pathlib, signal
-save, flag = empg.dcp.save, pathlib.Path(sys.argv[1])
-def killed(state, **how):
-    if state["step"] == 2 and empg.RANK == 1 and not flag.exists():
-        flag.touch()
+original_save = empg.dcp.save
+killed = pathlib.Path(sys.argv[1])
+def save(state, **options):
+    if state["step"] == 2 and empg.RANK == 1 and not killed.exists():
+        killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    save(state, **how)
-empg.dcp.save = killed
+    original_save(state, **options)
+empg.dcp.save = save
 empg.main(sys.argv[2:])
 """
 
 
 def test_torchrun_restarts_after_the_kill_of_a_rank(alone, tiny, tmp_path):
-    """torchrun --max-restarts with a rank of a sharded run that SIGKILL ends while it writes ends as one process does."""
-    (tmp_path / "child.py").write_text(KILLED)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
-    args = options(tiny, tmp_path / "run", "--resume", "--shard", **alone["plain"][0], save_every=1)
-    done = run([*words, tmp_path / "child.py", tmp_path / "killed", *args])
-    assert (tmp_path / "killed").exists() and "Resuming after iteration 1" in done.stdout
-    same_metrics(alone["plain"][2], metrics(tmp_path / "run"))
+    """When SIGKILL ends one rank of a sharded run just before it writes its share of a checkpoint, torchrun restarts the run,
+    which resumes from the checkpoint before and ends with the metrics of one process."""
+    more, _, rows = alone["plain"]
+    (tmp_path / "child.py").write_text(CHILD + KILLED_ONCE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    arguments = options(tiny, tmp_path / "run", "--resume", "--shard", **more, save_every=1)
+    done = run([*torchrun, tmp_path / "child.py", tmp_path / "killed", *arguments])
+    assert (tmp_path / "killed").exists()
+    assert "Resuming after iteration 1" in done.stdout
+    same_metrics(rows, metrics(tmp_path / "run"))
 
 
 # ---- Bad input gets one clear line, exit code 2, before any long work
@@ -1038,8 +1464,12 @@ def refuses(capfd, main, argv, *words) -> None:
         main([str(word) for word in argv])
     error = capfd.readouterr().err
     *_, line = error.splitlines()
-    assert stop.value.code == 2 and error.count("error: ") == 1 and line.startswith("error: "), error
-    assert "Traceback" not in error and all(word in line for word in words), line
+    assert stop.value.code == 2, error
+    assert line.startswith("error: "), error
+    assert error.count("error: ") == 1, error
+    assert "Traceback" not in error
+    for word in words:
+        assert word in line
 
 
 BAD = """
@@ -1066,83 +1496,120 @@ def test_bad_options(tiny, tmp_path, capfd, line):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_models_data_and_directories(tiny, tmp_path, capfd, odd_is_right, monkeypatch):
-    """No EOS, logits that log_probs does not see, columns, rows or a split that are missing, a directory that
-    is taken, prompts that do not divide: each is refused, and nothing is lost."""
-    check = lambda model, *words, **more: refuses(capfd, empg.main, options(model, tmp_path / "out", **more), *words)
+def test_a_tokenizer_without_an_end_token(tiny, tmp_path, capfd):
+    """It is refused in one line: no response could end."""
     tokenizer = make.character_tokenizer()
     tokenizer.eos_token = None
-    tokenizer.save_pretrained(shutil.copytree(tiny, tmp_path / "endless"))
-    check(tmp_path / "endless", "EOS")
-    row = {"question": "1+1=", "answer": "#### 2"}
-    for splits in ({"train": [{"q": "1"}], "test": [{"q": "1"}]}, {"train": [row], "test": []}, {"train": [row]}):
-        data = write_rows(tmp_path / f"data{len(str(splits))}", **splits)
-        check(tiny, "--data", str(data), "test.jsonl", "'question'", task="gsm8k", data=data)
+    endless = shutil.copytree(tiny, tmp_path / "endless")
+    tokenizer.save_pretrained(endless)
+    refuses(capfd, empg.main, options(endless, tmp_path / "out"), "EOS")
+    assert not (tmp_path / "out").exists()
+
+
+ROW = {"question": "1+1=", "answer": "#### 2"}
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [{"train": [{"q": "1"}], "test": [{"q": "1"}]}, {"train": [ROW], "test": []}, {"train": [ROW]}],
+    ids=["columns", "rows", "split"],
+)
+def test_data_with_something_missing(splits, tiny, tmp_path, capfd):
+    """A dataset without the columns, without rows or without a split is refused in one line, which says what is needed."""
+    data = write_rows(tmp_path / "data", **splits)
+    argv = options(tiny, tmp_path / "out", task="gsm8k", data=data)
+    refuses(capfd, empg.main, argv, "--data", str(data), "test.jsonl", "'question'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_directories(tiny, tmp_path, capfd):
+    """An --output that is a file or cannot be made, and --resume without --output, are refused in one line."""
     (tmp_path / "file").touch()
-    for output, words in ((tmp_path / "file", "is a file"), ("/proc/nothing/run", "cannot be made")):
-        refuses(capfd, empg.main, options(tiny, output), f"--output {output}", *words.split())
+    refuses(capfd, empg.main, options(tiny, tmp_path / "file"), f"--output {tmp_path / 'file'}", "is a file")
+    refuses(capfd, empg.main, options(tiny, "/proc/nothing/run"), "--output /proc/nothing/run", "cannot be made")
     refuses(capfd, empg.main, ["--task=sums", "--resume"], "--resume", "--output DIR")
 
 
+def files_in(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
 def test_a_run_is_not_taken_up_by_other_options(tiny, tmp_path, capfd, odd_is_right):
-    """--resume with an option that would make it another run, or of a damaged checkpoint, is refused in a line and loses
-    nothing; options that change only the pace, the memory or the end are taken."""
+    """--resume with an option that would make it another run is refused in a line and loses nothing; options that change only
+    the pace, the memory or the end are taken."""
     out = tmp_path / "out"
-    check = lambda *words, flags=("--resume",), **more: refuses(
-        capfd, empg.main, options(tiny, out, *flags, **more), *words
-    )
     empg.main(options(tiny, out, steps=2))
-    files = lambda: {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-    before = files()
-    check("--output", "another run", "--resume", flags=())
-    check("--lr 0.5", "0.001", lr=0.5)
-    check("--seed 1", "begun with 0", seed=1)
-    check("--prompts-per-step 8", "begun with 4", prompts_per_step=8)
-    check("--beta 0.1", "begun with 0.0", beta=0.1)
-    make_model(vocab=18, hidden_size=32).save_pretrained(tmp_path / "wider")
+    before = files_in(out)
+    refuses(capfd, empg.main, options(tiny, out), "--output", "another run", "--resume")
+    for name, value, words in (
+        ("lr", 0.5, ("--lr 0.5", "0.001")),
+        ("seed", 1, ("--seed 1", "begun with 0")),
+        ("prompts_per_step", 8, ("--prompts-per-step 8", "begun with 4")),
+        ("beta", 0.1, ("--beta 0.1", "begun with 0.0")),
+    ):
+        refuses(capfd, empg.main, options(tiny, out, "--resume", **{name: value}), *words)
+    make_model(hidden_size=32).save_pretrained(tmp_path / "wider")
     make.character_tokenizer().save_pretrained(tmp_path / "wider")
     refuses(capfd, empg.main, options(tmp_path / "wider", out, "--resume"), "--model", "begun with", tiny)
-    assert files() == before
-    more = {"eval_every": 0, "save_every": 1, "sample_batch": 4, "micro_batch_tokens": 30}
-    empg.main(options(tiny, out, "--resume", steps=3, **more | {"eval_every": 3}))
-    assert [row["step"] for row in metrics(out)][-2:] == [3, 3]
-    check("--steps 2", "has 3 already", steps=2, eval_every=3)
-    (checkpoint,) = out.glob("checkpoint-*")
-    part = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    for content in (part.read_bytes()[:100], b""):
-        part.write_bytes(content)
-        check("--output", "checkpoint-000003 is damaged", "remove it", steps=5)
+    assert files_in(out) == before
+
+    more = {"eval_every": 3, "save_every": 1, "sample_batch": 4, "micro_batch_tokens": 30}
+    empg.main(options(tiny, out, "--resume", steps=3, **more))
+    assert [row["step"] for row in metrics(out)][-2:] == [3, 3]  # an iteration and its evaluation
+    refuses(capfd, empg.main, options(tiny, out, "--resume", steps=2), "--steps 2", "has 3 already")
+
+
+def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, capfd, odd_is_right):
+    """A checkpoint with a file that is cut, empty or missing is refused in a line that names it."""
+    empg.main(options(tiny, tmp_path, steps=1))
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    again = options(tiny, tmp_path, "--resume", steps=2)
+    expected = ("--output", f"{checkpoint.name} is damaged", "remove it")
+    largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    refuses(capfd, empg.main, again, *expected)
+    largest.write_bytes(b"")
+    refuses(capfd, empg.main, again, *expected)
     (checkpoint / ".metadata").unlink()
-    check("--output", "checkpoint-000003 is damaged", "remove it", steps=5)
+    refuses(capfd, empg.main, again, *expected)
 
 
-def test_a_plain_command_stands_for_what_suits_the_machine(monkeypatch):
+@pytest.mark.parametrize(
+    ("gigabytes", "words", "expected"),
+    [
+        (0, "", "base sums float32"),
+        (0, "--task=gsm8k", "Qwen2.5-0.5B gsm8k float32"),
+        (0, "--model=x", "x gsm8k float32"),
+        (80, "--task=sums", "base sums bfloat16"),
+        (80, "", "Qwen2.5-1.5B gsm8k bfloat16"),
+        (23.7, "", "Qwen2.5-0.5B gsm8k bfloat16"),
+        (16, "", "base sums bfloat16"),
+        (80, "--device=cpu", "base sums float32"),
+        (80, "--dtype=float32", "Qwen2.5-1.5B gsm8k float32"),
+    ],
+)
+def test_a_plain_command_stands_for_what_suits_the_machine(gigabytes, words, expected, monkeypatch):
     """Without --model it is the base model here on the sums, or what the GPU's memory holds on GSM8K; the user's words win,
     and the precision goes by the device."""
     found = []
-    note = lambda config: found.append(f"{Path(config.model).name} {config.task} {config.dtype}") or sys.exit()
-    monkeypatch.setattr(empg, "check_options", note)
-    cases = {
-        (0, ""): "base sums float32",
-        (0, "--task=gsm8k"): "Qwen2.5-0.5B gsm8k float32",
-        (0, "--model=x"): "x gsm8k float32",
-        (80, "--task=sums"): "base sums bfloat16",
-        (80, ""): "Qwen2.5-1.5B gsm8k bfloat16",
-        (23.7, ""): "Qwen2.5-0.5B gsm8k bfloat16",
-        (16, ""): "base sums bfloat16",
-        (80, "--device=cpu"): "base sums float32",
-        (80, "--dtype=float32"): "Qwen2.5-1.5B gsm8k float32",
-    }
-    for gigabytes, words in cases:
-        memory = types.SimpleNamespace(total_memory=gigabytes * 1e9)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gigabytes=gigabytes: gigabytes > 0)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, memory=memory: memory)
-        pytest.raises(SystemExit, empg.main, words.split())
-    assert found == list(cases.values())
+
+    def note_and_stop(config):
+        found.append(f"{Path(config.model).name} {config.task} {config.dtype}")
+        raise SystemExit
+
+    monkeypatch.setattr(empg, "check_options", note_and_stop)
+    memory = types.SimpleNamespace(total_memory=gigabytes * 1e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gigabytes > 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    with pytest.raises(SystemExit):
+        empg.main(words.split())
+    assert found == [expected]
 
 
 def test_devices_that_are_not_there(monkeypatch, tiny, tmp_path, capfd):
-    """Neither a GPU, nor one for each process, nor an Apple GPU: a line each."""
+    """A GPU that is missing, too few GPUs for the processes, and a missing Apple GPU are each refused in one line."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for device in ("cuda", "mps"):
         refuses(capfd, empg.main, options(tiny, tmp_path / "out", device=device), f"--device {device}", "--device cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -1154,324 +1621,535 @@ def test_devices_that_are_not_there(monkeypatch, tiny, tmp_path, capfd):
 # ---- eval.py: scores, comparisons, curves
 
 
-def test_scores_are_what_enumeration_gives():
-    """pass@k is the share of k-subsets with a correct sample, McNemar's p that of as lopsided coins, a vote the commonest
-    answer; the ends of Wilson's interval are 1.96 standard errors away; Agresti and Min's counts two problems more."""
-    for n, c, k in itertools.product(range(1, 6), range(6), range(1, 6)):
-        if max(c, k) <= n:
-            subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-            assert scoring.pass_at_k(n, c, k) == pytest.approx(sum(map(max, subsets)) / len(subsets), abs=1e-12)
-    for a, b in itertools.product(range(6), repeat=2):
-        extreme = [abs(2 * sum(coins) - a - b) >= abs(a - b) for coins in itertools.product((0, 1), repeat=a + b)]
-        assert scoring.mcnemar_exact(a, b) == pytest.approx(sum(extreme) / len(extreme), abs=1e-12)
-    votes = (["7", "8", "8"], ["9", "8", "8", "9"], [None, None, "3"], [None])
-    assert [scoring.majority_vote(vote) for vote in votes] == ["8", "9", "3", None]
-    for successes, total in [(1, 10), (50, 100), (499, 500), (0, 7), (7, 7)]:
-        for p in {*scoring.wilson_interval(successes, total)} - {0.0, 1.0}:
-            assert abs(successes / total - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / total), rel=1e-5)
-    a, b = np.repeat([1, 1, 0, 0], [30, 5, 12, 13]), np.repeat([1, 0, 1, 0], [30, 5, 12, 13])
-    error = 1.959964 * math.sqrt(18 - 7**2 / 62) / 62
-    assert scoring.paired_difference(a, b) == pytest.approx((7 / 60, 7 / 62 - error, 7 / 62 + error), rel=1e-6)
-    assert scoring.paired_difference(a, a)[1] < 0 < scoring.paired_difference(a, a)[2]
+def test_pass_at_k_is_the_share_of_subsets():
+    """pass@k is the share of the k-subsets of the samples that have a right one."""
+    for n, right, k in itertools.product(range(1, 6), range(6), range(1, 6)):
+        if right <= n and k <= n:
+            samples = [1] * right + [0] * (n - right)
+            subsets = list(itertools.combinations(samples, k))
+            share = sum(max(subset) for subset in subsets) / len(subsets)
+            assert scoring.pass_at_k(n, right, k) == pytest.approx(share, abs=1e-12)
+
+
+def test_mcnemar_is_a_game_of_coins():
+    """McNemar's p is the probability that coins are as lopsided as the problems on which A and B differ."""
+    for only_a, only_b in itertools.product(range(6), repeat=2):
+        n = only_a + only_b
+        throws = list(itertools.product((0, 1), repeat=n))
+        # sum(coins) heads are n - sum(coins) tails.
+        lopsided = [abs(2 * sum(coins) - n) >= abs(only_a - only_b) for coins in throws]
+        assert scoring.mcnemar_exact(only_a, only_b) == pytest.approx(np.mean(lopsided), abs=1e-12)
+
+
+def test_the_majority_is_the_commonest_answer():
+    """Of equally common answers it is the first; a response without an answer has no vote."""
+    assert scoring.majority_vote(["7", "8", "8"]) == "8"
+    assert scoring.majority_vote(["9", "8", "8", "9"]) == "9"
+    assert scoring.majority_vote([None, None, "3"]) == "3"
+    assert scoring.majority_vote([None]) is None
+
+
+@pytest.mark.parametrize(("successes", "total"), [(1, 10), (50, 100), (499, 500), (0, 7), (7, 7)])
+def test_wilson_interval(successes, total):
+    """The share is inside the interval, whose ends are 1.96 of their own standard errors away from it, or 0 or 1."""
+    share = successes / total
+    low, high = scoring.wilson_interval(successes, total)
+    assert low <= share <= high
+    assert low < high
+    assert (low == 0) == (successes == 0)
+    assert (high == 1) == (successes == total)
+    for end in {low, high} - {0.0, 1.0}:
+        assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / total), rel=1e-5)
+
+
+def test_paired_difference():
+    """It is the mean of B - A, with Agresti and Min's interval, which counts two problems more."""
+    both, only_a, only_b, neither = 30, 5, 12, 13
+    a = np.repeat([1, 1, 0, 0], [both, only_a, only_b, neither])
+    b = np.repeat([1, 0, 1, 0], [both, only_a, only_b, neither])
+    gain = only_b - only_a
+    n = len(a) + 2
+    squares = only_a + only_b + 1  # of the differences; those of the two added problems sum to 1
+    error = 1.959964 * math.sqrt(squares - gain**2 / n) / n
+    expected = (gain / len(a), gain / n - error, gain / n + error)
+    assert scoring.paired_difference(a, b) == pytest.approx(expected, rel=1e-6)
+    _, low, high = scoring.paired_difference(a, a)
+    assert low < 0 < high
 
 
 def test_an_evaluation_says_what_its_rows_say(tmp_path, monkeypatch, capsys):
     """Accuracy, pass@k, maj@k, subjects, lengths and shares are those counted from the rows; samples do not depend on
     how many there are."""
-    make_model(seed=1, vocab=17, dtype=torch.float32).save_pretrained(tmp_path)
+    make_model(seed=1, vocab_size=17, dtype=torch.float32).save_pretrained(tmp_path)
     make.character_tokenizer().save_pretrained(tmp_path)
     kinds = ["Algebra"] * 30 + ["Geometry"] * 10
-    rows = [{"question": f"{i}+1=", "answer": str(i % 9), "type": kind} for i, kind in enumerate(kinds)]
+    problems = [{"question": f"{i}+1=", "answer": str(i % 9), "type": kind} for i, kind in enumerate(kinds)]
     change(monkeypatch, "gsm8k", prompt="{question}")
-    data = write_rows(tmp_path / "data", test=rows)
+    data = write_rows(tmp_path / "data", test=problems)
     words = [f"--model={tmp_path}", "--task=gsm8k", f"--data={data}", "--max-new-tokens=12", "--device=cpu"]
-    scoring.main([*words, "--num-samples=4", f"--output={tmp_path / 'new/r'}"])
-    report, (_, *rows) = capsys.readouterr().out, read_rows(tmp_path / "new/r")
+    scoring.main([*words, "--num-samples=4", f"--output={tmp_path / 'new/results'}"])
+    report = re.sub(" +", " ", capsys.readouterr().out)
+    _header, *rows = read_rows(tmp_path / "new/results")
+
+    # 1) The rows.
     assert [row["index"] for row in rows] == [i for i in range(40) for _ in range(4)]
-    assert all(row["correct"] == bool(GSM8K.reward(row["response"], str(row["index"] % 9))) for row in rows)
-    assert all(row["answer"] == empg.final_answer(row["response"]) for row in rows)
+    for row in rows:
+        assert row["correct"] == bool(GSM8K.reward(row["response"], problems[row["index"]]["answer"]))
+        assert row["answer"] == empg.final_answer(row["response"])
+        assert row["tokens"] == 12 or not row["cut"]
+
+    # 2) The report.
     right = np.array([row["correct"] for row in rows]).reshape(40, 4)
-    pairs = np.mean([[any(r[list(c)]) for c in itertools.combinations(range(4), 2)] for r in right])
-    won = [scoring.majority_vote([row["answer"] for row in rows[4 * i : 4 * i + 4]]) == str(i % 9) for i in range(40)]
-    tokens, cut = np.mean([row["tokens"] for row in rows]), np.mean([row["cut"] for row in rows])
-    assert 0 < right.mean() < 1 and 0 < cut < 1 and all(row["tokens"] == 12 or not row["cut"] for row in rows)
-    for text in (f"mean@4 {right.mean():.3f}, 95 %", f"{pairs:.3f} at k = 2", f"{right.any(1).mean():.3f} at k = 4",
-                 f"maj@4 {np.mean(won):.3f}", f"Algebra {right[:30].mean():.3f} of 30", f"{tokens:.1f} mean", f"{cut:.1%}"):  # fmt: skip
-        assert text in re.sub(" +", " ", report), (text, report)
+    pass_at_2 = np.mean([[any(four[list(pair)]) for pair in itertools.combinations(range(4), 2)] for four in right])
+    votes = [scoring.majority_vote([row["answer"] for row in rows[4 * i : 4 * i + 4]]) for i in range(40)]
+    maj_at_4 = np.mean([vote == problem["answer"] for vote, problem in zip(votes, problems)])
+    tokens = np.mean([row["tokens"] for row in rows])
+    cut = np.mean([row["cut"] for row in rows])
+    assert 0 < right.mean() < 1
+    assert 0 < cut < 1
+    for text in (
+        f"mean@4 {right.mean():.3f}, 95 %",
+        f"{pass_at_2:.3f} at k = 2",
+        f"{right.any(1).mean():.3f} at k = 4",
+        f"maj@4 {maj_at_4:.3f}",
+        f"Algebra {right[:30].mean():.3f} of 30",
+        f"{tokens:.1f} mean",
+        f"{cut:.1%}",
+    ):
+        assert text in report
+
+    # 3) One sample each, of the first 20 problems, are the first samples.
     scoring.main([*words, "--temperature=1", "--limit=20", f"--output={tmp_path / 'one'}"])
     assert [row["response"] for row in read_rows(tmp_path / "one")[1:]] == [row["response"] for row in rows[:80:4]]
 
 
 def test_a_killed_evaluation_goes_on(tiny, tmp_path, capfd):
-    """Two processes that go on with a file that a kill has cut, even in a line, write it byte for byte as one process does."""
+    """Two processes that go on with a file that a kill has cut, even in a line, keep what it has, and write the rest byte
+    for byte as one process does."""
     words = [f"--model={tiny}", "--task=sums", "--num-samples=2", "--max-new-tokens=8", "--limit=60", "--device=cpu"]
     scoring.main([*words, f"--output={tmp_path / 'one'}"])
-    whole = (tmp_path / "one").read_bytes()
-    (tmp_path / "two").write_bytes(whole[: whole.index(b"\n", len(whole) // 3) + 40])
+    # Mark a row, to see that it is not computed again.
+    marked = (tmp_path / "one").read_bytes().replace(b'"index": 0,', b'"index": 0, "kept": true,', 1)
+    in_a_line = marked.index(b"\n", len(marked) // 3) + 40
+    (tmp_path / "two").write_bytes(marked[:in_a_line])
     run_ranks(2, [sys.executable, HERE / "eval.py", *words, "--sample-batch=6", f"--output={tmp_path / 'two'}"])
-    assert (tmp_path / "two").read_bytes() == whole
+    assert (tmp_path / "two").read_bytes() == marked
     refuses(capfd, scoring.main, [*words, "--seed=1", f"--output={tmp_path / 'two'}"], "--output", "'seed': 0")
-    assert (tmp_path / "two").read_bytes() == whole
+    assert (tmp_path / "two").read_bytes() == marked
 
 
 def results(path, correct, samples=1, tokens=5, question="q") -> str:
     """A results file with these outcomes."""
-    common = {"tokens": tokens, "response": "Wait, no."}
-    rows = [{"question": f"{question}{i // samples}", "correct": bool(x)} | common for i, x in enumerate(correct)]
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in ({"num_samples": samples}, *rows)))
+    rows = [{"num_samples": samples}]
+    for i, is_correct in enumerate(correct):
+        row = {"question": f"{question}{i // samples}", "correct": bool(is_correct)}
+        rows.append(row | {"tokens": tokens, "response": "Wait, no."})
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def test_compare(tmp_path, capfd):
-    """Accuracies, paired difference, problems that differ, McNemar's p, lengths; the paper's scores beside its models."""
+    """--compare reports accuracies, the paired difference, on how many problems each is better, McNemar's p and lengths."""
     a = results(tmp_path / "a", [1, 1, 0, 0, 0, 0, 0, 0])
-    scoring.main(["--compare", a, results(tmp_path / "b", [1, 0, 1, 1, 1, 1, 1, 0], tokens=9)])
+    b = results(tmp_path / "b", [1, 0, 1, 1, 1, 1, 1, 0], tokens=9)
+    scoring.main(["--compare", a, b])
     report = capfd.readouterr().out
     for text in ("/a: 0.250", "/b: 0.750", "+0.500, 95 %", "p = 0.22; A better on 1, B on 5", "5.0 and 9.0"):
         assert text in report
-    two = results(tmp_path / "d", [1, 1, 1, 0, 0, 0], samples=2)
-    scoring.main(["--compare", results(tmp_path / "c", [1, 0, 0]), two])
-    assert "c: 0.333" in (report := capfd.readouterr().out) and "A better on 0, B on 1" in report
+
+    one_sample = results(tmp_path / "one", [1, 0, 0])
+    two_samples = results(tmp_path / "two", [1, 1, 1, 0, 0, 0], samples=2)
+    scoring.main(["--compare", one_sample, two_samples])
+    report = capfd.readouterr().out
+    assert "one: 0.333" in report
+    assert "A better on 0, B on 1" in report
+
     refuses(capfd, scoring.main, ["--compare", a, results(tmp_path / "e", [1] * 8, question="other")], "same problems")
     refuses(capfd, scoring.main, ["--compare", a, results(tmp_path / "f", [1] * 7)], "same problems")
-    file = f"{tmp_path}/a/below.jsonl"
-    for words, expected in ((f"--model x --output {tmp_path}", "is a directory"), (f"--model x --output {file}", "cannot be made"),
-                            ("--compare a b", "a:"), ("--compare a", "choose"), ("", "choose"), ("--curves x", "--curves x"),
-                            ("--model x --task chess", "chess"), ("--model x --limit 0", "--limit 0")):  # fmt: skip
-        refuses(capfd, scoring.main, words.split(), expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--model x --output DIRECTORY", "is a directory"),
+        ("--model x --output DIRECTORY/file/below.jsonl", "cannot be made"),
+        ("--compare a b", "a:"),
+        ("--compare a", "choose"),
+        ("", "choose"),
+        ("--curves x", "x: is not the directory"),
+        ("--model x --task chess", "chess"),
+        ("--model x --limit 0", "--limit 0"),
+    ],
+)
+def test_bad_options_of_eval(words, expected, tmp_path, capfd):
+    """Each is refused in one line."""
+    (tmp_path / "file").touch()
+    refuses(capfd, scoring.main, words.replace("DIRECTORY", str(tmp_path)).split(), expected)
+
+
+def test_the_papers_scores_stand_beside_its_models(tmp_path):
+    """A run that began with a model of the paper gets its score; another model gets none."""
     (tmp_path / "config.json").write_text('{"model": "Qwen/Qwen2.5-14B-Instruct"}')
     assert "EMPG 0.808" in scoring.paper_scores(f"{tmp_path}/model", "math-hard")["in the paper"]
     assert scoring.paper_scores("Qwen/Qwen2.5-7B-Instruct", "gsm8k") == {}
 
 
-def test_curves(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that have been saved."""
+    found = []
+    spy(monkeypatch, "savefig", lambda args, *_: found.append(args[0]), Figure)
+    return found
+
+
+def test_curves(tmp_path, capsys, figures):
     """Seeds of a setting are drawn as mean and band, other runs as lines of another colour and style, named in a legend."""
     runs = {"x-0": ([0.2, 0.4, None, 0.8], 1), "x-1": ([0.4, 0.6, 0.5, 1.0, 1.0], 1), "z-0": ([0.1, 0.1], 2)}
     for name, (rewards, lr) in runs.items():
-        rows = [{"step": i, "reward": r, "response_tokens": 10.0 * i} for i, r in enumerate(rewards, 1)]
+        rows = [{"step": i, "reward": reward, "response_tokens": 10.0 * i} for i, reward in enumerate(rewards, 1)]
         write_rows(tmp_path / name, metrics=[{"step": 0, "eval_accuracy": 0.1}, *rows])
         (tmp_path / name / "config.json").write_text(json.dumps({"seed": name[-1], "output": name, "lr": lr}))
-    figures = []
-    spy(monkeypatch, "savefig", lambda args, *_: figures.append(args[0]), Figure)
     scoring.main(["--curves", *(str(tmp_path / name) for name in runs), f"--output={tmp_path / 'c.png'}"])
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG") and "x, 2 seeds" in capsys.readouterr().out
-    reward, accuracy, _ = figures[0].axes
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert "x, 2 seeds" in capsys.readouterr().out
+
+    (figure,) = figures
+    reward, accuracy, _ = figure.axes
     seeds, single = reward.lines
-    assert seeds.get_xdata().tolist() == [1, 2, 4] and seeds.get_ydata().tolist() == pytest.approx([0.3, 0.5, 0.9])
+    # Only the iterations that both seeds have.
+    assert seeds.get_xdata().tolist() == [1, 2, 4]
+    assert seeds.get_ydata().tolist() == pytest.approx([0.3, 0.5, 0.9])
     band = reward.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.2, 1.0))
-    assert seeds.get_color() != single.get_color() and seeds.get_linestyle() != single.get_linestyle()
+    assert seeds.get_color() != single.get_color()
+    assert seeds.get_linestyle() != single.get_linestyle()
     assert accuracy.lines[0].get_xdata().tolist() == [0]
-    assert [text.get_text() for text in figures[0].legends[0].texts] == ["x, 2 seeds", "z-0"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["x, 2 seeds", "z-0"]
 
 
 # ---- The base model, the studies, the README
 
 
-def test_the_base_model_is_made_by_its_script_and_learns(tmp_path):
+def test_the_recipe_of_the_base_model_learns_and_the_base_model_trains(tmp_path):
     """A short version of the recipe learns, and writes what the base directory has; ten iterations of the plain command
     bring the base itself from a third to eight in ten."""
     losses = make.make(tmp_path / "base", iterations=20)
     assert losses[-1] < 0.8 * losses[0]
-    files, ours = ({path.name for path in (place / "base").iterdir()} for place in (HERE, tmp_path))
-    assert files - ours <= {"make.py", "__pycache__"} and ours <= files
-    (_, ours), (_, base) = (empg.load_model(str(path)) for path in (tmp_path / "base", HERE / "base"))
-    assert [p.shape for p in ours.parameters()] == [p.shape for p in base.parameters()]
+    there = {path.name for path in (HERE / "base").iterdir()}
+    made = {path.name for path in (tmp_path / "base").iterdir()}
+    assert there - {"make.py", "__pycache__"} <= made <= there
+    tokenizer, model = empg.load_model(str(tmp_path / "base"))
+    base_tokenizer, base = empg.load_model(str(HERE / "base"))
+    assert tokenizer.get_vocab() == base_tokenizer.get_vocab()
+    assert [p.shape for p in model.parameters()] == [p.shape for p in base.parameters()]
+
     empg.main(["--task=sums", "--steps=10", "--eval-every=10", f"--output={tmp_path / 'run'}", "--device=cpu"])
     before, after = (row["eval_accuracy"] for row in metrics(tmp_path / "run") if "eval_accuracy" in row)
-    assert 0.2 < before < 0.45 and after > 0.8
+    assert 0.2 < before < 0.45
+    assert after > 0.8
 
 
 @pytest.mark.parametrize("clip", [0.2, 1e9])
 def test_grpo_is_the_formula_of_deepseekmath(clip):
     """Advantages, loss and gradient equal DeepSeekMath's equation, written out in loops over samples and tokens."""
     rewards = torch.tensor([[0.0, 1, 1, 0, 0], [0.3, 0.3, 0.3, 0.3, 0.3], [5, -1, 0, 2.5, 1]], dtype=torch.float64)
-    logprobs, noise, expected = toy_logits(0, (15, 4)), toy_logits(1, (15, 4)).detach(), 0.0
-    old = logprobs.detach() + 0.3 * noise
-    mask = torch.tensor([[1.0] * (1 + i % 4) + [0.0] * (3 - i % 4) for i in range(15)], dtype=torch.float64)
-    for n, t in mask.nonzero().tolist():
-        p = rewards[n // 5].numpy()
-        advantage, ratio = (p[n % 5] - p.mean()) / (p.std() + 1e-6), torch.exp(logprobs[n, t] - old[n, t])
-        clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
-        expected = expected - torch.minimum(ratio * advantage, clipped * advantage) / (1 + n % 4) / 15
+    lengths = [1 + i % 4 for i in range(15)]
+    mask = torch.tensor([[1.0] * length + [0.0] * (4 - length) for length in lengths], dtype=torch.float64)
+    logprobs = toy_logits(0, (15, 4))
+    old_logprobs = logprobs.detach() + 0.3 * toy_logits(1, (15, 4)).detach()
+
+    expected = 0.0
+    for i, length in enumerate(lengths):
+        prompt, sample = divmod(i, 5)
+        group = rewards[prompt].numpy()
+        advantage = (group[sample] - group.mean()) / (group.std() + 1e-6)
+        for t in range(length):
+            ratio = torch.exp(logprobs[i, t] - old_logprobs[i, t])
+            clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
+            expected = expected - torch.minimum(ratio * advantage, clipped * advantage) / length / 15
     advantages = grpo.grpo_advantages(rewards)
-    loss = grpo.grpo_loss(logprobs, old, mask, advantages.flatten(), clip)
+    assert (advantages[1] == 0).all()
+    loss = grpo.grpo_loss(logprobs, old_logprobs, mask, advantages.flatten(), clip)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(loss, logprobs), gradient(expected, logprobs))
-    assert (advantages[1] == 0).all()
 
 
 def test_importance_weights_are_exact_at_any_distance():
-    """Enumerated, samples of θ* weighted by P_θ(τ)/P_θ*(τ) give the policy gradient of a θ far from it, and EMPG's do not;
-    where θ = θ*, the clipped loss, too, has EMPG's gradient; beyond the clip it has none."""
+    """Enumerated, samples of θ* weighted by P_θ(τ)/P_θ*(τ) give the policy gradient of a θ far from it, and EMPG's do not."""
     logits = toy_logits(5)
-    logprobs, old = toy_logprobs(logits), toy_logprobs(toy_logits(6)).detach()
-    weights = 7 * old.sum(1).exp() * RIGHT  # so that the mean over the seven is the expectation under θ*
-    true = gradient((logprobs.sum(1).exp() * RIGHT).sum(), logits)
-    torch.testing.assert_close(gradient(importance.trajectory_loss(logprobs, old, MASK, weights), logits), -true)
-    assert (gradient(empg.empg_loss(logprobs, MASK, weights), logits) + true).norm() > 0.1 * true.norm()
-    for loss in importance.LOSSES.values():
-        ours = gradient(loss(logprobs, logprobs.detach(), MASK, weights - 1), logits)
-        torch.testing.assert_close(ours, gradient(empg.empg_loss(logprobs, MASK, weights - 1), logits))
-    far = logprobs.detach() - 0.5  # every ratio is 1.65
-    assert (gradient(importance.clipped_loss(logprobs, far, MASK, torch.ones(7)), logits) == 0).all()
-    assert (gradient(importance.clipped_loss(logprobs, far, MASK, -torch.ones(7)), logits) != 0).any()
+    logprobs = toy_logprobs(logits)
+    old_logprobs = toy_logprobs(toy_logits(6)).detach()
+    # The mean over the seven trajectories is then the expectation under θ*.
+    weights = len(TRAJECTORIES) * probabilities(old_logprobs) * RIGHT
+    policy_gradient = gradient((probabilities(logprobs) * RIGHT).sum(), logits)
+    weighted = -gradient(importance.trajectory_loss(logprobs, old_logprobs, MASK, weights), logits)
+    torch.testing.assert_close(weighted, policy_gradient)
+    without = -gradient(empg.empg_loss(logprobs, MASK, weights), logits)
+    assert (without - policy_gradient).norm() > 0.1 * policy_gradient.norm()
 
 
-def test_svrg_is_its_formula(monkeypatch):
+@pytest.mark.parametrize("loss", importance.LOSSES.values())
+def test_importance_weights_change_nothing_at_the_first_update(loss):
+    """Where θ = θ*, the gradient with importance weights, whole or clipped, is EMPG's."""
+    logits = toy_logits(5)
+    logprobs = toy_logprobs(logits)
+    weights = RIGHT - 0.4
+    weighted = gradient(loss(logprobs, logprobs.detach(), MASK, weights), logits)
+    torch.testing.assert_close(weighted, gradient(empg.empg_loss(logprobs, MASK, weights), logits))
+
+
+def test_beyond_the_clip_there_is_no_gradient():
+    """A token that has become much likelier has no more gradient if its weight is positive, and still has it if negative."""
+    logits = toy_logits(5)
+    logprobs = toy_logprobs(logits)
+    old_logprobs = logprobs.detach() - 0.5  # every ratio is 1.65
+    weights = torch.ones(len(TRAJECTORIES))
+    assert (gradient(importance.clipped_loss(logprobs, old_logprobs, MASK, weights), logits) == 0).all()
+    assert (gradient(importance.clipped_loss(logprobs, old_logprobs, MASK, -weights), logits) != 0).any()
+
+
+def plain_gradient(theta: torch.Tensor, rows: list[dict]) -> torch.Tensor:
+    """The gradient of the mean over these trajectories at θ, from plain passes."""
+    model = make_model()
+    torch.nn.utils.vector_to_parameters(theta, model.parameters())
+    terms = [row["weight"] * plain_logprobs(model, row["prompt"], row["response"]).sum() for row in rows]
+    (-torch.stack(terms).mean()).backward()
+    return flat_grad(model)
+
+
+def svrg_steps(lr: float, control_variate: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """θ and the gradient that is followed, for each of four steps."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    found = []
+    optimizer.register_step_pre_hook(lambda *_: found.append((flat(model), flat_grad(model))))
+    svrg.update(model, optimizer, rows_with(WEIGHTS), config(), parts=4, control_variate=control_variate)
+    return found
+
+
+def test_svrg_is_its_formula():
     """Each step follows g_B(θ) - g_B(θ*) + g_D(θ*), from plain passes; where θ = θ*, that is the gradient of the whole buffer
     for every part, and without the control variate only the mean of the parts is."""
-
-    def steps(lr, control_variate):
-        model, found = make_model(), []
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-        optimizer.register_step_pre_hook(lambda *_: found.append((flat(model), flat_grad(model))))
-        svrg.update(model, optimizer, rows_with(WEIGHTS), config(), parts=4, control_variate=control_variate)
-        return found
-
-    def of(theta, rows):
-        """The gradient of the mean over these trajectories, by the plain formula."""
-        model = make_model()
-        torch.nn.utils.vector_to_parameters(theta, model.parameters())
-        terms = [row["weight"] * plain_logprobs(model, row["prompt"], row["response"]).sum() for row in rows]
-        (-torch.stack(terms).mean()).backward()
-        return flat_grad(model)
-
-    rows, base = rows_with(WEIGHTS), flat(make_model())
+    rows = rows_with(WEIGHTS)
+    old_theta = flat(make_model())
     parts = svrg.random_parts(rows, 4, [0, 0])
-    assert (
-        sorted(map(rows.index, itertools.chain(*parts))) == list(range(8)) and [len(part) for part in parts] == [2] * 4
-    )
-    whole = of(base, rows)
-    for part, (theta, got) in zip(parts, steps(0.1, True), strict=True):
-        assert same_gradient(got, of(theta, part) - of(base, part) + whole)
-    assert all(same_gradient(got, whole) for _, got in steps(0.0, True))
-    plain = [got for _, got in steps(0.0, False)]
-    assert same_gradient(sum(plain) / 4, whole) and not same_gradient(plain[0], whole)
+    assert [len(part) for part in parts] == [2] * 4
+    assert sorted(rows.index(row) for part in parts for row in part) == list(range(8))
+
+    whole = plain_gradient(old_theta, rows)
+    for part, (theta, followed) in zip(parts, svrg_steps(0.1, control_variate=True), strict=True):
+        expected = plain_gradient(theta, part) - plain_gradient(old_theta, part) + whole
+        assert same_gradient(followed, expected)
+    for _, followed in svrg_steps(0.0, control_variate=True):
+        assert same_gradient(followed, whole)
+    plain = [followed for _, followed in svrg_steps(0.0, control_variate=False)]
+    assert same_gradient(sum(plain) / 4, whole)
+    assert not same_gradient(plain[0], whole)
 
 
 def test_svrg_resumes_as_it_would_have_gone_on(tiny, tmp_path, odd_is_right, monkeypatch):
     """Every buffer is split in another way, in a resumed run, too."""
     monkeypatch.setattr(empg, "update", functools.partial(svrg.update, parts=3, control_variate=True))
-    splits = []
-    spy(monkeypatch, "random_parts", lambda args, _, parts: splits.append(args[2][1]), svrg)
+    updates_before = []
+    spy(monkeypatch, "random_parts", lambda args, *_: updates_before.append(args[2][1]), svrg)
     empg.main(options(tiny, tmp_path / "whole", steps=4))
-    assert splits == [0, 3, 6, 9]
+    assert updates_before == [0, 3, 6, 9]
     for steps in (2, 4):
         empg.main(options(tiny, tmp_path / "parts", "--resume", steps=steps))
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_tables_and_pictures_of_studies(tmp_path):
-    """A row of a table has the mean and the deviation of its seeds; importance.py draws a line for each kind."""
-    for kind, updates, seed, last in (("none", 2, 0, 0.5), ("none", 2, 1, 0.7), ("clipped", 4, 0, 0.9)):
-        run = tmp_path / f"{kind}-{updates}-{seed}"
-        run.mkdir()
-        train = {"reward": 0.3, "response_tokens": 4.0 + seed, "kl": None, "step_seconds": 2.0}
+def test_parts_that_are_no_number_of_parts(capfd):
+    """svrg.py refuses --parts 0 in one line."""
+    refuses(capfd, svrg.main, ["--parts=0"], "--parts 0", "at least 1")
+
+
+@pytest.fixture
+def runs_of_studies(tmp_path):
+    """The directories of three runs, of which two are seeds of one setting."""
+    for name, tokens, last in (("none-2-0", 4.0, 0.5), ("none-2-1", 5.0, 0.7), ("clipped-4-0", 4.0, 0.9)):
+        iteration = {"reward": 0.3, "response_tokens": tokens, "kl": None, "step_seconds": 2.0}
         rows = [{"step": 0, "eval_accuracy": 0.1}]
-        for step, accuracy in ((10, 0.4), (20, 0.3), (30, last)):
-            rows += [{"step": step - 9 + i, **train} for i in range(10)] + [{"step": step, "eval_accuracy": accuracy}]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    runs = sorted(str(path) for path in tmp_path.iterdir())
-    head, _, first, second = tables.table(runs, seconds=45).splitlines()
-    assert head.count("|") == first.count("|") and "kl" not in head
-    assert [cell.strip() for cell in second.split("|")[1:7]] == [
-        "none-2", "2", "0.400 ± 0.000", "0.300 ± 0.000", "0.600 ± 0.141", "0.300 ± 0.000"]  # fmt: skip
-    assert "| 4.500 ± 0.707 | 2.000 ± 0.000 | 0.300 ± 0.000 | 20.000 ± 0.000 |" in second and first.startswith(
-        "| clipped-4 | 1"
-    )
-    importance.draw(str(tmp_path / "picture.png"), runs)
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+        for step in range(1, 31):
+            rows.append({"step": step, **iteration})
+            if step in (10, 20, 30):
+                accuracy = {10: 0.4, 20: 0.3, 30: last}[step]
+                rows.append({"step": step, "eval_accuracy": accuracy})
+        write_rows(tmp_path / name, metrics=rows)
+        (tmp_path / name / "config.json").write_text(json.dumps({"steps": 30}))
+    return sorted(str(path) for path in tmp_path.iterdir())
 
 
-def test_studies_replace_what_they_say(tiny, tmp_path, odd_is_right, monkeypatch):
-    """grpo.py, ablations.py and prompts_once.py train through empg.main with their own pieces: another loss, for which each
-    trajectory keeps its log-probabilities under θ*; no smoothing; the same trajectories and gradients in other passes."""
-    names = ("smooth_rewards", "subtract_baseline", "micro_batch_loss", "response_states", "micro_batches")
-    pieces = {name: getattr(empg, name) for name in names}
-    for name, piece in pieces.items():
-        monkeypatch.setattr(empg, name, piece)
-    old = []
-    spy(monkeypatch, "grpo_loss", lambda args, *_: old.append((args[0].detach(), args[1])), grpo)
+def test_tables_of_studies(runs_of_studies):
+    """A row has the name of a setting, and the mean and the deviation of each column over its seeds."""
+    head, _, *rows = tables.table(runs_of_studies, seconds=45).splitlines()
+    names, clipped, none = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *rows))
+    assert dict(zip(names, none, strict=True)) == {
+        "": "none-2, 2 seeds",
+        "after 10": "0.400 ± 0.000",
+        "after 20": "0.300 ± 0.000",
+        "after 30": "0.600 ± 0.141",
+        "lowest from 20 on": "0.300 ± 0.000",
+        "response tokens": "4.500 ± 0.707",
+        "seconds an iteration": "2.000 ± 0.000",
+        "after 45 s": "0.300 ± 0.000",  # 22 iterations have been done, and the last evaluation was after 20
+        "iterations by then": "20.000 ± 0.000",
+    }
+    assert clipped[:2] == ["clipped-4-0", "0.400 ± 0.000"]
+
+
+def test_the_picture_of_importance_weights(runs_of_studies, figures, tmp_path, capfd):
+    """importance.py draws accuracy against updates, a line for each kind of weights, and refuses runs of other names."""
+    importance.draw(str(tmp_path / "picture.png"), runs_of_studies)
+    for axis, accuracies in zip(figures[0].axes, ((0.4, 0.4), (0.9, 0.6)), strict=True):
+        lines = {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axis.lines}
+        assert lines == {
+            "clipped": ([4], pytest.approx([accuracies[0]])),
+            "none": ([2], pytest.approx([accuracies[1]])),
+        }
+    refuses(capfd, lambda runs: importance.draw("picture.png", runs), ["run"], "--draw run", "KIND-UPDATES-SEED")
+
+
+def test_grpo_keeps_the_log_probabilities_under_the_old_policy(
+    tiny, tmp_path, odd_is_right, pieces_come_back, monkeypatch
+):
+    """grpo.py trains with its own loss, to which the second update gives the first one's log-probabilities as the old ones."""
+    calls = []
+    spy(monkeypatch, "grpo_loss", lambda args, *_: calls.append((args[0].detach(), args[1])), grpo)
     grpo.replace()
-    empg.main(options(tiny, tmp_path / "grpo", steps=1, eval_every=0, updates=2))
-    (first, first_old), (second, second_old) = old
-    assert torch.equal(first, first_old) and torch.equal(first_old, second_old) and not torch.equal(second, second_old)
-    vars(empg).update(pieces)
-    ratios = []
-    for kind in importance.LOSSES:
-        spy(
-            monkeypatch,
-            f"{kind}_loss",
-            lambda args, *_: ratios.append((args[0] - args[1]).abs().max().item()),
-            importance,
-        )
-        monkeypatch.setitem(importance.LOSSES, kind, getattr(importance, f"{kind}_loss"))
-        importance.replace(kind)
-        empg.main(options(tiny, tmp_path / kind, steps=1, eval_every=0, updates=2))
-    assert len(ratios) == 4 and ratios[0] == ratios[2] == 0 < min(ratios[1], ratios[3])
-    vars(empg).update(pieces)
+    empg.main(options(tiny, tmp_path, steps=1, eval_every=0, updates=2))
+    (first, first_old), (second, second_old) = calls
+    assert torch.equal(first, first_old)
+    assert torch.equal(first_old, second_old)
+    assert not torch.equal(second, second_old)
+
+
+@pytest.mark.parametrize("kind", importance.LOSSES)
+def test_importance_weights_are_1_at_the_first_update_only(
+    kind, tiny, tmp_path, odd_is_right, pieces_come_back, monkeypatch
+):
+    """importance.py trains with ratios that are 1 at the first update on a batch, and not at the second."""
+    distances = []
+    note = lambda args, *_: distances.append((args[0] - args[1]).abs().max().item())
+    spy(monkeypatch, f"{kind}_loss", note, importance)
+    monkeypatch.setitem(importance.LOSSES, kind, getattr(importance, f"{kind}_loss"))
+    importance.replace(kind)
+    empg.main(options(tiny, tmp_path, steps=1, eval_every=0, updates=2))
+    first, second = distances
+    assert first == 0
+    assert second > 0
+
+
+def test_ablations_replace_three_pieces(tiny, tmp_path, odd_is_right, pieces_come_back):
+    """ablations.py trains without smoothing, with another baseline and with graded rewards."""
     ablations.replace("none", "batch", True)
-    empg.main(options(tiny, tmp_path / "ablations", steps=1, eval_every=0))
-    assert empg.smooth_rewards(torch.tensor([5.0])) == 5 and metrics(tmp_path / "ablations")[0]["reward"] < 0
+    assert empg.smooth_rewards(torch.tensor([5.0])) == 5
+    weights = empg.subtract_baseline(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert weights.tolist() == [[0.75, -0.25], [-0.25, -0.25]]
     assert [ablations.graded(text, "9") for text in ("#7", "9", "?")] == [-2, 0, -36]
-    vars(empg).update(pieces)
-    for name in ("plain", "once"):
-        empg.main(options(tiny, tmp_path / name, steps=3, eval_every=0))
-        prompts_once.replace()
+    empg.main(options(tiny, tmp_path, steps=1, eval_every=0))
+    assert metrics(tmp_path)[0]["reward"] < 0
+
+
+def test_prompts_once_trains_the_same(tiny, tmp_path, odd_is_right, pieces_come_back, monkeypatch):
+    """prompts_once.py reads in other passes, and a run with it records the same metrics."""
+    calls = []
+    spy(monkeypatch, "response_states", lambda *_: calls.append(True), prompts_once)
+    empg.main(options(tiny, tmp_path / "plain", steps=3, eval_every=0))
+    assert not calls
+    prompts_once.replace()
+    empg.main(options(tiny, tmp_path / "once", steps=3, eval_every=0))
+    assert calls
     same_metrics(metrics(tmp_path / "plain"), metrics(tmp_path / "once"))
 
 
-def test_studies_that_measure(tiny, tmp_path, odd_is_right, capsys):
-    """At θ = θ* the importance weights are 1 and the two gradients equal; behaviours are counted once per response."""
-    gradients.main(str(tmp_path / "g.png"), tiny, seeds=1, batches=3, updates=2)
-    assert (tmp_path / "g.png").stat().st_size > 10_000
+def is_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_the_study_of_gradients(tiny, tmp_path, odd_is_right, capsys):
+    """After 0 updates gradients.py finds importance weights of 1 and equal gradients."""
+    gradients.main(str(tmp_path / "picture.png"), tiny, seeds=1, batches=3, updates=2)
+    assert is_picture(tmp_path / "picture.png")
     assert "after  0 updates: KL 0.000  ESS 1.000  cosine 1.000  norm ratio 1.000" in capsys.readouterr().out
-    svrg.measure(str(tmp_path / "s.png"), tiny, seeds=1, draws=50, prompts=3, sizes=(4, 16))
-    found = re.findall(
-        r"(with|without) the control variate .*?\| +([\d.]+) \(([\d.]+)\) +([\d.]+)", capsys.readouterr().out
-    )
-    assert [kind for kind, *_ in found] == ["without", "with"] * 4
-    (small, cosine, large), (corrected, better, _) = (map(float, row[1:]) for row in found[:2])
-    assert 8 > small / large > 3 and corrected < small / 3 and better > cosine  # (1/4 - 1/48) / (1/16 - 1/48) = 5.5
-    kl_estimators.main(str(tmp_path / "k.png"), pairs=3)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 16 and all(float(line.split()[-2]) == 0 for line in lines if line.startswith("top-k  "))
-    for name in "sk":
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     assert gradients.effective_sample_size(torch.tensor([1000.0, 0, 0, 0])) == pytest.approx(0.25)
-    texts = ["Step 1: add.", "Case 1: x. Case 1.", "Let's verify the sum.", "Wait, no.", "Let me reconsider."]
-    found = behaviours.find([*texts, "The waiter made three cakes.", "She reached step 10.", "A checkered flag."])
+
+
+def test_the_study_of_svrg(tiny, tmp_path, odd_is_right, capsys):
+    """svrg.py measures a variance that falls with the size of a part as sampling without replacement says, and a third of it
+    or less with the control variate."""
+    svrg.measure(str(tmp_path / "picture.png"), tiny, seeds=1, draws=50, prompts=3, sizes=(4, 16))
+    assert is_picture(tmp_path / "picture.png")
+    # The kind; variance and cosine with parts of 4; variance with parts of 16.
+    pattern = r"(with|without) the control variate .*?\| +([\d.]+) \(([\d.]+)\) +([\d.]+)"
+    rows = re.findall(pattern, capsys.readouterr().out)
+    assert [kind for kind, *_ in rows] == ["without", "with"] * 4
+    plain_4, plain_cosine, plain_16 = map(float, rows[0][1:])
+    svrg_4, svrg_cosine, _ = map(float, rows[1][1:])
+    # Of 48 trajectories, the variance is proportional to 1/n - 1/48. So the ratio should be 5.5.
+    assert 3 < plain_4 / plain_16 < 8
+    assert svrg_4 < plain_4 / 3
+    assert svrg_cosine > plain_cosine
+
+
+def test_the_study_of_kl_estimators(tmp_path, capsys):
+    """In kl_estimators.py, kl_topk has no bias of the gradient at any k."""
+    kl_estimators.main(str(tmp_path / "picture.png"), pairs=3)
+    assert is_picture(tmp_path / "picture.png")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("top-k  ")]
+    assert [row[1] for row in rows] == ["0", "1", "2", "4", "8", "11", "12"]
+    for row in rows:
+        gradient_bias = float(row[-2])
+        assert gradient_bias == 0
+
+
+def test_the_study_of_behaviours(tmp_path, capsys):
+    """A behaviour is counted once per response, and words that only look like its phrases are not."""
+    texts = [
+        *("Step 1: add.", "Case 1: x. Case 1.", "Let's verify the sum.", "Wait, no.", "Let me reconsider."),
+        *("The waiter made three cakes.", "She reached step 10.", "A checkered flag."),
+    ]
+    found = behaviours.find(texts)
     assert [len(hits) for hits in found.values()] == [2, 1, 2]
-    behaviours.main(results(tmp_path / "r", [1, 0]))
+    behaviours.main(results(tmp_path / "results", [1, 0]))
     assert "backtracking: 2 of 2 responses, 100.0%" in capsys.readouterr().out
 
 
 def test_word_problems(tmp_path, capsys):
-    """Stages on parts that share no problem, and scores; repeated, none of it is done again."""
+    """word_problems.py draws disjoint parts, runs both stages and compares the scores; called again, it repeats neither."""
     make_model(max_position_embeddings=128, scale=0.1).save_pretrained(tmp_path / "model")
     make.character_tokenizer().save_pretrained(tmp_path / "model")
-    row = lambda i: {"body": f"{i}+", "question": "1=", "formula": f"{i % 3}+0={i % 3}", "answer": f"{i % 3} (x)"}
+
+    def row(i):
+        return {"body": f"{i}+", "question": "1=", "formula": f"{i % 3}+0={i % 3}", "answer": f"{i % 3} (x)"}
+
     data = write_rows(tmp_path / "data", validation=[row(i) for i in range(990)])
     svamp = write_rows(tmp_path / "svamp", test=[{"Body": "1+", "Question": "1=", "Answer": "2"}])
     parts = [{row["question"] for row in word_problems.asdiv(part, str(data))} for part in word_problems.PARTS]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 990
+
     words = [f"--model={tmp_path}/model", f"--data={data}", f"--svamp={svamp}", f"--output={tmp_path}", "--device=cpu"]
     words += ["--steps=2", "--eval-problems=4"]
     word_problems.main(words)
     report = capsys.readouterr().out
-    assert len(metrics(tmp_path / "empg-0")) == 4 and report.count("McNemar") == 2
-    shutil.rmtree(tmp_path / "model")
+    assert len(metrics(tmp_path / "empg-0")) == 4
+    assert report.count("McNemar") == 2
+
+    shutil.rmtree(tmp_path / "model")  # so stage 1 cannot be repeated
     word_problems.main(words)
     again = capsys.readouterr().out
-    assert "Resuming after iteration 2" in again and again.endswith(report[report.index("accuracy  ") :])
+    assert "Resuming after iteration 2" in again
+    assert again.endswith(report[report.index("accuracy  ") :])
 
 
 def test_the_readme_examples(tiny, tmp_path):
     """Sampler, smoothing, baseline and loss in somebody else's loop earn more and more; a task of one's own trains."""
     loop, task = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    rewards = [float(line.split()[1]) for line in run([sys.executable, "-c", loop]).stdout.splitlines()]
-    assert len(rewards) == 20 and sum(rewards[-5:]) > sum(rewards[:5])
-    args = options(tiny, tmp_path / "run", task="pairs")
-    run([sys.executable, "-c", task.replace("empg.main()", f"empg.main({args})")])
+    lines = run([sys.executable, "-c", loop]).stdout.splitlines()
+    rewards = [float(line.split()[1]) for line in lines]
+    assert len(rewards) == 20
+    assert sum(rewards[-5:]) > sum(rewards[:5])
+
+    arguments = options(tiny, tmp_path / "run", task="pairs")
+    run([sys.executable, "-c", task.replace("empg.main()", f"empg.main({arguments})")])
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 1, 2, 2]

@@ -18,6 +18,7 @@ from ema_pg import kl_k3
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import empg
+import eval as scoring
 
 BASELINES = ("loo", "group", "batch", "none")
 
@@ -38,6 +39,14 @@ def gradient(model, log_p: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
 
 
+def log_probabilities(model, trajectories: list[dict]) -> torch.Tensor:
+    """(N,) log P_θ(τ) of each trajectory, with gradient."""
+    prompts = [trajectory["prompt"] for trajectory in trajectories]
+    responses = [trajectory["response"] for trajectory in trajectories]
+    logprobs, _mask = empg.log_probs(model, prompts, responses)
+    return logprobs.sum(dim=1)
+
+
 def load_sums(model_name: str):
     """Tokenizer, model and training problems of the task sums."""
     tokenizer, model = empg.load_model(model_name, torch.float32)
@@ -54,61 +63,80 @@ def sample_batch(tokenizer, model, problems, P: int, G: int, rng, seed: int) -> 
     return rows, empg.smooth_rewards(rewards).view(P, G)
 
 
-def study(model_name: str, seed: int, batches: int, updates: int, P: int = 32, G: int = 16) -> tuple[dict, list]:
-    """One seed's variance for each baseline, and a row [KL(θ* ‖ θ) in nats per response, effective sample size, cosine and
-    norm ratio of the gradient without weights to the one with them] after 0, 1, ... updates on one batch."""
-    tokenizer, model, problems = load_sums(model_name)
-    rng = np.random.default_rng(seed)
-
-    def draw(batch: int) -> tuple:
-        rows, rewards = sample_batch(tokenizer, model, problems, P, G, rng, seed * 10**12 + batch * 10**6)
-        return [row["prompt"] for row in rows], [row["response"] for row in rows], rewards
-
+def variances(model, batches) -> dict[str, float]:
+    """The variance of the gradient over batches, relative to the squared norm of its mean, for each baseline."""
     found: dict[str, list] = {kind: [] for kind in BASELINES}
-    for batch in range(batches):
-        prompts, responses, rewards = draw(batch)
-        log_p = empg.log_probs(model, prompts, responses)[0].sum(1)
+    for trajectories, rewards in batches:
+        log_p = log_probabilities(model, trajectories)
         for kind in BASELINES:
             found[kind].append(gradient(model, log_p, baseline(rewards, kind)))
-    stacked = {kind: torch.stack(gradients) for kind, gradients in found.items()}
-    variance = {kind: (g.var(0).sum() / g.mean(0).square().sum()).item() for kind, g in stacked.items()}
+    relative = {}
+    for kind, gradients in found.items():
+        stacked = torch.stack(gradients)  # (batches, parameters)
+        relative[kind] = (stacked.var(dim=0).sum() / stacked.mean(dim=0).square().sum()).item()
+    return relative
 
-    prompts, responses, rewards = draw(batches)
-    weights, distance, old = empg.subtract_baseline(rewards), [], None
+
+def distances(model, trajectories: list[dict], rewards: torch.Tensor, updates: int) -> list[list[float]]:
+    """Learns from one batch again and again. A row after 0, 1, ... updates: KL(θ* ‖ θ) in nats per response, effective sample
+    size, and the cosine and the ratio of norms of the gradient without importance weights to the one with them."""
+    weights = empg.subtract_baseline(rewards).flatten()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    old_log_p = log_probabilities(model, trajectories).detach()
+    rows = []
     for _ in range(updates + 1):
-        log_p = empg.log_probs(model, prompts, responses)[0].sum(1)
-        old = log_p.detach() if old is None else old
-        log_w = (log_p - old).detach()
-        ours, theirs = gradient(model, log_p, weights), gradient(model, log_p, weights.flatten() * log_w.exp())
-        kl, ess = kl_k3(old, log_p.detach()).mean().item(), effective_sample_size(log_w)
-        cosine = torch.cosine_similarity(ours, theirs, dim=0).item()
-        distance.append([kl, ess, cosine, (ours.norm() / theirs.norm()).item()])
-        for parameter, g in zip(model.parameters(), ours.split([p.numel() for p in model.parameters()])):
+        log_p = log_probabilities(model, trajectories)
+        log_weights = (log_p - old_log_p).detach()
+        without = gradient(model, log_p, weights)
+        weighted = gradient(model, log_p, weights * log_weights.exp())
+        row = [
+            kl_k3(old_log_p, log_p.detach()).mean().item(),
+            effective_sample_size(log_weights),
+            torch.cosine_similarity(without, weighted, dim=0).item(),
+            (without.norm() / weighted.norm()).item(),
+        ]
+        rows.append(row)
+        # The step that EMPG would take.
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        for parameter, g in zip(model.parameters(), without.split(sizes)):
             parameter.grad = g.view_as(parameter)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return variance, distance
+    return rows
+
+
+def study(model_name: str, seed: int, batches: int, updates: int, P: int = 32, G: int = 16) -> tuple[dict, list]:
+    """What `variances` and `distances` find with one seed."""
+    tokenizer, model, problems = load_sums(model_name)
+    rng = np.random.default_rng(seed)
+
+    def draw(number: int) -> tuple[list[dict], torch.Tensor]:
+        return sample_batch(tokenizer, model, problems, P, G, rng, seed * 10**12 + number * 10**6)
+
+    variance = variances(model, (draw(number) for number in range(batches)))
+    return variance, distances(model, *draw(batches), updates)
 
 
 def main(picture: str = "gradients.png", model: str = empg.LAPTOP["model"], seeds=3, batches=20, updates=40) -> None:
     from matplotlib.figure import Figure
 
-    variances, distances = zip(*(study(model, seed, batches, updates) for seed in empg.progress(range(seeds), "seeds")))
-    shares = {kind: [variance[kind] for variance in variances] for kind in BASELINES}
-    for kind, values in shares.items():
-        print(f"baseline {kind:6s} variance / |mean|² {np.mean(values):.3f} ± {np.std(values, ddof=seeds > 1):.3f}")
-    rows = np.mean(distances, 0)
-    for update in (i for i in (0, 1, 2, 5, 10, 20, 40) if i <= updates):
-        print(
-            "after {:2d} updates: KL {:.3f}  ESS {:.3f}  cosine {:.3f}  norm ratio {:.3f}".format(update, *rows[update])
-        )
+    found = [study(model, seed, batches, updates) for seed in empg.progress(range(seeds), "seeds")]
+    by_kind = {kind: [variance[kind] for variance, _ in found] for kind in BASELINES}
+    for kind, values in by_kind.items():
+        deviation = np.std(values, ddof=1) if seeds > 1 else 0.0
+        print(f"baseline {kind:6s} variance / |mean|² {np.mean(values):.3f} ± {deviation:.3f}")
+    rows = np.mean([distance for _, distance in found], axis=0)  # (updates + 1, 4)
+    line = "after {:2d} updates: KL {:.3f}  ESS {:.3f}  cosine {:.3f}  norm ratio {:.3f}"
+    for update in (0, 1, 2, 5, 10, 20, 40):
+        if update <= updates:
+            print(line.format(update, *rows[update]))
+
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.bar(BASELINES, [np.mean(shares[kind]) for kind in BASELINES], color="#0072B2")
+    left.bar(BASELINES, [np.mean(by_kind[kind]) for kind in BASELINES], color=scoring.COLOURS[0])
     left.set(ylabel="variance / |mean gradient|²", xlabel="baseline")
     for column, label in enumerate(("effective sample size", "cosine", "norm ratio"), 1):
-        right.plot(rows[:, 0], rows[:, column], label=label, linestyle=("-", "--", "-.")[column - 1])
+        right.plot(rows[:, 0], rows[:, column], label=label, linestyle=scoring.LINES[column - 1])
     right.set(xlabel="KL(θ* ‖ θ), nats per response", ylim=(0, None))
     right.legend(frameon=False)
     figure.savefig(picture, dpi=200)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""GRPO, the paper's baseline, built on empg.py: it has another advantage and another loss, and nothing else.
+"""GRPO, with which the paper compares EMPG, built on empg.py: another advantage and another loss, and nothing else.
 
     python studies/grpo.py [the options of empg.py]
 

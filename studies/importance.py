@@ -24,6 +24,7 @@ import grpo
 from tables import accuracies
 
 import empg
+import eval as scoring
 
 
 def trajectory_loss(logprobs, old_logprobs, mask, weights) -> torch.Tensor:
@@ -53,42 +54,56 @@ def replace(kind: str) -> None:
 
 
 def draw(picture: str, runs: list[str]) -> None:
-    """Held-out accuracy against the number of updates, a line for each kind of weights."""
+    """Held-out accuracy against the number of updates, a line for each kind of weights: after 10 iterations, and at the end."""
     from matplotlib.figure import Figure
 
-    found: dict[str, dict[int, list]] = {}
+    # kind → number of updates → for each seed, iteration → accuracy
+    found: dict[str, dict[int, list[dict[int, float]]]] = {}
     for run in runs:
         name = re.fullmatch(r"(.+)-(\d+)-(\d+)", Path(run).name)
         if name is None:
             empg.fail(f"--draw {run}: name the runs KIND-UPDATES-SEED")
-        kind, updates, _ = name.groups()
-        found.setdefault(kind, {}).setdefault(int(updates), []).append(accuracies(run))
+        kind, updates, _seed = name.groups()
+        [[rows]] = scoring.read_runs([run]).values()
+        found.setdefault(kind, {}).setdefault(int(updates), []).append(accuracies(rows))
+    all_seeds = [seed for by_updates in found.values() for seeds in by_updates.values() for seed in seeds]
+    last = max(set.intersection(*map(set, all_seeds)))
+
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    curves = [curve for by_updates in found.values() for seeds in by_updates.values() for curve in seeds]
-    last = max(set.intersection(*map(set, curves)))
-    for (kind, by_updates), colour, line in zip(found.items(), ("#0072B2", "#D55E00", "#009E73"), ("-", "--", "-.")):
-        updates = sorted(by_updates)
-        for axis, step in zip(axes, (10, last)):
-            rows = [[curve[step] for curve in by_updates[number]] for number in updates]
-            axis.plot(updates, [np.mean(row) for row in rows], line, color=colour, marker="o", markersize=3, label=kind)
-            axis.fill_between(updates, [min(row) for row in rows], [max(row) for row in rows], color=colour, alpha=0.2)
-            axis.set(title=f"after {step} iterations", xlabel="updates on a batch", xscale="log")
-            axis.set_xticks(updates, updates)
-            axis.minorticks_off()
+    for axis, step in zip(axes, (10, last)):
+        for (kind, by_updates), colour, line in zip(found.items(), scoring.COLOURS, scoring.LINES):
+            updates = sorted(by_updates)
+            values = [[seed[step] for seed in by_updates[number]] for number in updates]  # for each number, its seeds
+            means = [np.mean(seeds) for seeds in values]
+            low = [min(seeds) for seeds in values]
+            high = [max(seeds) for seeds in values]
+            axis.plot(updates, means, line, color=colour, marker="o", markersize=3, label=kind)
+            axis.fill_between(updates, low, high, color=colour, alpha=0.2)
+        axis.set(title=f"after {step} iterations", xlabel="updates on a batch", xscale="log")
+        ticks = sorted({number for by_updates in found.values() for number in by_updates})
+        axis.set_xticks(ticks, ticks)
+        axis.minorticks_off()
     axes[0].set(ylabel="held-out accuracy")
     axes[0].legend(frameon=False)
     figure.savefig(picture, dpi=200)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--weights", choices=LOSSES)
     choice.add_argument("--draw", nargs="+", metavar=("PICTURE.png", "RUN"))
-    chosen, rest = parser.parse_known_args()
-    if chosen.draw:
-        draw(chosen.draw[0], chosen.draw[1:])
-    else:
+    chosen, rest = parser.parse_known_args(argv)
+    if not chosen.draw:
         replace(chosen.weights)
         empg.main(rest)
+        return
+    try:
+        draw(chosen.draw[0], chosen.draw[1:])
+    except ValueError as error:
+        empg.fail(error)
+
+
+if __name__ == "__main__":
+    main()

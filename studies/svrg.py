@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gradients import load_sums, sample_batch
 
 import empg
+import eval as scoring
 
 empg_update = empg.update
 
@@ -70,7 +71,8 @@ def update(policy, optimizer, trajectories, config, reference=None, *, parts: in
         shares = [len(part) / len(trajectories) for part in split]
         whole = [sum(share * g for share, g in zip(shares, tensors)) for tensors in zip(*at_old)]
 
-    # 2) One step for each part.
+    # 2) One step for each part. (At the first one θ is still θ*, so that its gradient is computed a second time. That
+    #    costs little, and spares a special case.)
     all_statistics = []
     for number, part in enumerate(split):
         direction, statistics = gradient(policy, part, config, reference)
@@ -102,8 +104,27 @@ def trajectory_gradients(model, trajectories: list[dict]) -> Tensor:
     return torch.stack(rows)
 
 
+def noise_of_parts(now: Tensor, at_old: Tensor | None, size: int, draws: int, rng) -> list[float]:
+    """[variance / |g_D|², cosine to g_D] of the gradients of random parts of so many trajectories.
+
+    Takes: now, (N, parameters), the gradients of the N trajectories of the buffer at θ;
+        at_old, the same at θ*, for the control variate, or None;
+        draws, the number of parts.
+    """
+    parts = np.stack([rng.choice(len(now), size, replace=False) for _ in range(draws)])  # (draws, size)
+    # (draws, N): a row has 1/size for each member of its part, so that its product with the gradients is their mean.
+    averaging = torch.zeros(draws, len(now)).scatter_(1, torch.tensor(parts), 1 / size)
+    estimates = averaging @ now  # (draws, parameters)
+    if at_old is not None:
+        estimates = estimates - averaging @ at_old + at_old.mean(dim=0)
+    whole = now.mean(dim=0)
+    variance = (estimates - whole).square().sum(dim=1).mean() / whole.square().sum()
+    cosine = torch.cosine_similarity(estimates, whole[None]).mean()
+    return [variance.item(), cosine.item()]
+
+
 def study(model_name: str, seed: int, sizes, distances, draws: int, prompts: int) -> dict:
-    """{(updates since θ*, with or without): rows of [variance / |g_D|², cosine to g_D], one for each size of a part}."""
+    """{(updates since θ*, with or without): what `noise_of_parts` finds, one row for each size of a part}."""
     tokenizer, model, problems = load_sums(model_name)
     rng = np.random.default_rng(seed)
     trajectories, rewards = sample_batch(tokenizer, model, problems, prompts, 16, rng, seed * 10**12)
@@ -118,19 +139,8 @@ def study(model_name: str, seed: int, sizes, distances, draws: int, prompts: int
     for updates in range(max(distances) + 1):
         if updates in distances:
             now = trajectory_gradients(model, trajectories)
-            whole = now.mean(dim=0)
-            for corrected in (False, True):
-                rows = []
-                for size in sizes:
-                    parts = np.stack([rng.choice(len(now), size, replace=False) for _ in range(draws)])
-                    means = torch.zeros(draws, len(now)).scatter_(1, torch.tensor(parts), 1 / size)
-                    estimates = means @ now
-                    if corrected:
-                        estimates = estimates - means @ at_old + at_old.mean(dim=0)
-                    variance = (estimates - whole).square().sum(dim=1).mean() / whole.square().sum()
-                    cosine = torch.cosine_similarity(estimates, whole[None]).mean()
-                    rows.append([variance.item(), cosine.item()])
-                found[updates, corrected] = rows
+            found[updates, False] = [noise_of_parts(now, None, size, draws, rng) for size in sizes]
+            found[updates, True] = [noise_of_parts(now, at_old, size, draws, rng) for size in sizes]
         empg_update(model, optimizer, trajectories, config)
     return found
 
@@ -154,7 +164,7 @@ def measure(picture: str, model=empg.LAPTOP["model"], seeds=3, draws=100, prompt
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (updates, corrected), rows in found.items():
-        colour = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")[distances.index(updates)]
+        colour = scoring.COLOURS[distances.index(updates)]
         style = {"color": colour, "linestyle": "-" if corrected else ":", "marker": "o", "markersize": 3}
         name = f"{'SVRG' if corrected else 'plain'}, {updates} {'updates' if updates > 1 else 'update'} from θ*"
         left.plot(sizes, rows[:, 0], label=name, **style)
@@ -168,16 +178,20 @@ def measure(picture: str, model=empg.LAPTOP["model"], seeds=3, draws=100, prompt
     figure.savefig(picture, dpi=200)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--parts", type=int, default=4)
     parser.add_argument("--no-control-variate", action="store_true")
     parser.add_argument("--measure", metavar="PICTURE.png")
-    chosen, rest = parser.parse_known_args()
+    chosen, rest = parser.parse_known_args(argv)
     if chosen.parts < 1:
         empg.fail(f"--parts {chosen.parts}: must be at least 1")
     if chosen.measure:
         measure(chosen.measure)
-    else:
-        empg.update = partial(update, parts=chosen.parts, control_variate=not chosen.no_control_variate)
-        empg.main(rest)
+        return
+    empg.update = partial(update, parts=chosen.parts, control_variate=not chosen.no_control_variate)
+    empg.main(rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,67 +4,76 @@
     python studies/tables.py runs/empg-? runs/grpo-?         a row for each setting, mean ± standard deviation of its seeds
     python studies/tables.py --seconds 30 runs/empg-?        and the accuracy when so many seconds had been spent on iterations
 
-Runs whose names differ in a last number are seeds of one setting.
+Runs that have the same options and names that differ in a last number are seeds of one setting, as in `eval.py --curves`.
 """
 
 import argparse
-import json
-import re
+import sys
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import empg
+import eval as scoring
 
-def read(run) -> list[dict]:
-    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
-
-def accuracies(run) -> dict[int, float]:
-    """Iteration → held-out accuracy after it."""
-    rows = read(run)
+def accuracies(rows: list[dict]) -> dict[int, float]:
+    """Iteration → held-out accuracy after it, from the rows of metrics.jsonl."""
     return {row["step"]: row["eval_accuracy"] for row in rows if "eval_accuracy" in row}
 
 
-def measures(run, seconds: float | None) -> dict[str, float]:
+def measures(rows: list[dict], seconds: float | None) -> dict[str, float]:
     """Column → number, for one run."""
-    accuracy = accuracies(run)
-    rows = [row for row in read(run) if "reward" in row]
-    last = max(accuracy)
-    found = {f"after {step}": accuracy[step] for step in (10, 20, last) if step in accuracy}
+    accuracy = accuracies(rows)
+    iterations = [row for row in rows if "reward" in row]
+    found = {f"after {step}": accuracy[step] for step in (10, 20, max(accuracy)) if step in accuracy}
     late = [value for step, value in accuracy.items() if step >= 20]
     if late:
         found["lowest from 20 on"] = min(late)
-    found["response tokens"] = rows[-1]["response_tokens"]
-    if rows[-1].get("kl") is not None:
-        found["kl per token"] = rows[-1]["kl"]
-    found["seconds an iteration"] = float(np.median([row["step_seconds"] for row in rows]))
+    found["response tokens"] = iterations[-1]["response_tokens"]
+    if iterations[-1].get("kl") is not None:
+        found["kl per token"] = iterations[-1]["kl"]
+    found["seconds an iteration"] = float(np.median([row["step_seconds"] for row in iterations]))
     if seconds is not None:
-        spent = np.cumsum([row["step_seconds"] for row in rows])
-        done = [step for step in accuracy if step == 0 or spent[step - 1] <= seconds]
-        found[f"after {seconds:g} s"] = accuracy[max(done)]
-        found["iterations by then"] = float(max(done))
+        spent = np.cumsum([row["step_seconds"] for row in iterations])
+        evaluated_by_then = [step for step in accuracy if step == 0 or spent[step - 1] <= seconds]
+        found[f"after {seconds:g} s"] = accuracy[max(evaluated_by_then)]
+        found["iterations by then"] = float(max(evaluated_by_then))
     return found
 
 
+def cell(values: list[float]) -> str:
+    """The mean and the standard deviation of the seeds. (Of one seed it is 0.)"""
+    if not values:
+        return ""
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{np.mean(values):.3f} ± {deviation:.3f}"
+
+
 def table(runs: list[str], seconds: float | None = None) -> str:
-    """A Markdown table."""
-    settings: dict[str, list[dict[str, float]]] = {}
-    for run in runs:
-        settings.setdefault(re.sub(r"\W*\d+$", "", Path(run).name), []).append(measures(run, seconds))
+    """A Markdown table. Raises ValueError if a directory is not that of a run."""
+    settings = {}
+    for label, seeds in scoring.read_runs(runs).items():
+        settings[label] = [measures(rows, seconds) for rows in seeds]
     columns = list(dict.fromkeys(name for seeds in settings.values() for name in seeds[0]))
-    lines = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for setting, seeds in settings.items():
-        cells = []
-        for name in columns:
-            values = [seed[name] for seed in seeds if name in seed]
-            cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=len(values) > 1):.3f}" if values else "")
-        lines.append(f"| {setting} | {len(seeds)} | " + " | ".join(cells) + " |")
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for label, seeds in settings.items():
+        cells = [cell([seed[name] for seed in seeds if name in seed]) for name in columns]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--seconds", type=float)
-    chosen = parser.parse_args()
-    print(table(chosen.runs, chosen.seconds))
+    chosen = parser.parse_args(argv)
+    try:
+        print(table(chosen.runs, chosen.seconds))
+    except ValueError as error:
+        empg.fail(error)
+
+
+if __name__ == "__main__":
+    main()
