@@ -542,7 +542,7 @@ def sample_trajectories(
         seed, to which the number of the problem is added.
     Returns: in every process, all P·G trajectories, those of the first problem first. Each is a dict with
         prompt and response, token ids;
-        text, the response as text;
+        text, the response as text, with "…" (CUT_MARK) behind it if the token limit cut it off;
         reward;
         cut, whether the token limit cut the response off.
     """
@@ -566,12 +566,15 @@ def sample_trajectories(
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         for place, (response, text) in enumerate(zip(responses, texts)):
             problem = problems[numbers[place // num_samples]]
+            is_cut = response[-1] not in stops
+            if is_cut:
+                text += CUT_MARK
             trajectory = {
                 "prompt": problem["prompt"],
                 "response": response,
                 "text": text,
                 "reward": task.reward(text, problem["answer"]),
-                "cut": response[-1] not in stops,
+                "cut": is_cut,
             }
             trajectories.append(trajectory)
     # `gather` joins the lists of all processes.
@@ -834,13 +837,18 @@ class Task:
     """Something to learn. Put your own into TASKS."""
 
     # A function of a response and the problem's answer, both text, that returns the reward: a finite number, in the
-    # tasks here 1.0 if the response is right, else 0.0. It must not raise, whatever the response is.
+    # tasks here 1.0 if the response is right, else 0.0. It must not raise, whatever the response is. A response that
+    # the token limit cut off ends with CUT_MARK.
     reward: Callable
     # A function of --data (or None) and the split, "train" or "test", that returns the problems: a list of dicts with
     # "question" and "answer", both text.
     problems: Callable
     # What the model is asked. {question} stands for the question.
     prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+# It stands behind a response that the token limit cut off: so its reader, and its grader, can tell.
+CUT_MARK = "…"
 
 
 def last_boxed(text: str) -> str | None:
@@ -883,18 +891,27 @@ def final_answer(text: str) -> str | None:
     last "####" or "answer is". Without these words, it is the last number. Of a sentence or line, only what follows its
     last "=" counts.
 
+    A response that was cut off has no last number: it is only the number at which the model was stopped, perhaps in the
+    middle. By accident it would often be right, and the model would be rewarded for a guess that it did not make.
+
     >>> final_answer(r"So it is \boxed{18}, not 17.")
     '18'
     >>> final_answer("The answer is 18. Let me check: 9 + 9 = 18 and 2 + 2 = 4.")
     '18'
     >>> final_answer("Of 5 boxes with 241 each there are 5 * 241 = 1,205")
     '1205'
+    >>> final_answer("There are two steps. 1. Find the number of boxes. 2…")
     """
     boxed = last_boxed(text)
     if boxed:
         return boxed
+    is_cut = text.endswith(CUT_MARK)
+    # A number at the cut may not be complete.
+    text = re.sub(rf"[\d.,]*{CUT_MARK}$", "", text)
     parts = re.split("####|answer is", text, flags=re.IGNORECASE)
     is_announced = len(parts) > 1
+    if is_cut and not is_announced:
+        return None
 
     # In "The answer is 20 - 2 = 18" the right-hand side counts. So in each sentence or line, keep what follows its last
     # "=".
@@ -926,7 +943,10 @@ def is_right(given: str | None, answer: str) -> float:
         # or "or", "and" or "if", take it out of \text{}, so that math_verify reads it as a part of the formula.
         formula = re.sub(r"\\(?:text|mbox)\s*\{([^{}]*(?:\d|\b(?:or|and|if)\b)[^{}]*)\}", r" \1 ", formula)
         # Remove dollar signs around the formula, and a full stop behind it. (The dot in .5 stays.)
-        return formula.lstrip(" $").rstrip(" .$")
+        formula = formula.lstrip(" $").rstrip(" .$")
+        # Words behind a number, as in "6 kilometers", are its unit. Without \text{}, math_verify would read them as a
+        # product of letters.
+        return re.sub(r"^([\d.,]+)(?:\s+(?!and\b)[a-z]{3,})+$", r"\1", formula)
 
     gold = clean(last_boxed(answer) or answer.rpartition("####")[2])
     given = clean(given or "")

@@ -917,6 +917,7 @@ MATH = empg.TASKS["math-hard"]
 BOXES = {
     "gsm8k": r"""
 18 :: 18 | \$18 | $18 | 18.00 | 18. | 18\% | 18 \text{ dollars} | 18\text{ km/h} | x = 18 | 3 \times 6 | 36/2 :: 1.8 | -18 | x
+18 :: 18 kilometers | $18 more muffins :: 18 and nineteen | 17 or 18 muffins | 8 kilometers
 18 :: 2 \times 3^{2} :: 17, 18 | \{17, 18\} | 18 \text{ or } 19 | 18 \text{ or 19} | x = 3 \text{ or } x = 18 | A = 5, B = 18
 1800 :: 1,800 | 1{,}800 | 1,\!800 | \$1,800.00 :: 1 | 800 | 1, 800
 .5 :: .5 | 0.5 | \frac12 :: 5 | 50
@@ -952,18 +953,20 @@ TEXTS = r"""
 The answer is: 18. :: 18 | The answer is 18. Let me double check: 3*6=18 and 2+2=4 :: 18 | no idea :: None
 The final answer is $18.50. :: 18.5 | So the answer is 144 - 24 = 120. :: 120 | The answer is 5. Wait. The answer is 18. :: 18
 \boxed{5}. No: \boxed{18}, I hope. 7 :: 18
+She sells 12 in the morning and 4… :: None | 2 steps: 1. Add. 2. Take away… :: None | The answer is 18… :: None
+The answer is 18. Let me check… :: 18 | so \boxed{18}. 2. Check… :: 18 | so \boxed{18… :: None
 """
 
 
 def test_where_the_answer_of_a_response_is():
     """The answer of a response is its last box, else the first number after the last "####" or "answer is", else the last
-    number; in MATH only a box counts."""
+    number, if it was not cut off; in MATH only a box counts."""
     for case in re.split(r"\n| \| ", TEXTS.strip()):
         response, gold = case.split(" :: ")
         has_answer = gold != "None"
         assert (empg.final_answer(response) is not None) == has_answer, response
         assert GSM8K.reward(response, gold) == has_answer, response
-        assert MATH.reward(response, gold) == ("boxed" in response), response
+        assert MATH.reward(response, gold) == (empg.last_boxed(response) is not None), response
     for text in ("", "5", r"\boxed{}", r"\boxed{5", r"\boxed", r"\boxed{ }"):
         assert not MATH.reward(text, "5"), text
     assert empg.last_boxed(r"so \boxed{\frac{1}{\sqrt{2}}}, as") == r"\frac{1}{\sqrt{2}}"
@@ -1697,6 +1700,7 @@ def test_an_evaluation_says_what_its_rows_say(tmp_path, monkeypatch, capsys):
         assert row["correct"] == bool(GSM8K.reward(row["response"], problems[row["index"]]["answer"]))
         assert row["answer"] == empg.final_answer(row["response"])
         assert row["tokens"] == 12 or not row["cut"]
+        assert row["response"].endswith("…") == row["cut"]
 
     # 2) The report.
     right = np.array([row["correct"] for row in rows]).reshape(40, 4)
