@@ -18,8 +18,9 @@ expectation-maximisation (EM):
             and reward them.
     M-step: Update θ along the average of (R̃(τ) - b) ∇log P_θ(τ) over the trajectories in D.   (Eq. 12)
 
-R̃ is the reward after smoothing, which brings it between 0 and 1. The *baseline* b is the mean of R̃ over the
-prompt's other samples. So trajectories that are better than the average become more likely, and the others less.
+R̃ is the smoothed reward. (Smoothing is for rewards that are scores, and brings them between 0 and 1. With rewards
+of 0 and 1 it changes little.) The *baseline* b is the mean of R̃ over the prompt's other samples. So trajectories
+that are better than the average become more likely, and the others less.
 
 PPO and GRPO multiply the term of each token by the ratio of its new probability to its old one, and clip this
 ratio. PPO also trains a second network to predict rewards. EMPG does neither.
@@ -360,7 +361,7 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
     position = positions[:, -1:].repeat_interleave(num_samples, dim=0)  # (rows, 1), of the last token
 
     # 4) Sample token by token. Rows leave the batch when their responses have ended, so remember whose row it is.
-    responses = [[] for _ in generators]
+    responses = [[] for _ in range(len(prompts) * num_samples)]
     ended = [False] * len(responses)
     response_of_row = list(range(len(responses)))
     for t in progress(range(max_new_tokens), "sampling"):
@@ -399,7 +400,7 @@ def response_states(model, prompts, responses):
     """The hidden states that predict the response tokens, from one forward pass over prompts and responses.
 
     Takes: P prompts and P·G = N responses, lists of token ids, with n response tokens in all.
-    Returns: hidden, (n, H), the last hidden states that predict these tokens, one response after the other;
+    Returns: hidden, (n, H), the last layer's hidden states that predict these tokens, one response after the other;
         tokens, (n,), the tokens that they predict;
         mask, (N, T), true where a response, padded to the longest of them, has a token.
     """
@@ -430,7 +431,7 @@ def response_states(model, prompts, responses):
 
 
 # The number of rows of logits that are computed at a time. A row has an entry for each token of the vocabulary, of
-# which Qwen2.5 has 150,000.
+# which Qwen2.5 has 150,000: 2,048 rows take 1.2 GB in float32. A GPU is slow with few rows, a CPU is not.
 LOGIT_ROWS = 2048 if torch.cuda.is_available() else 256
 
 
@@ -491,8 +492,10 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None):
         and, only if there is a reference: kl, (N, T), the KL divergence to it at each token.
     Raises: ValueError if a list is empty, or if the responses cannot be divided evenly among the prompts.
     """
-    if not prompts or not responses or len(responses) % len(prompts) or not all([*prompts, *responses]):
-        raise ValueError("log_probs needs as many responses to each prompt as to the others, all with tokens")
+    if not prompts or not responses or not all(prompts) or not all(responses):
+        raise ValueError("log_probs needs prompts and responses with at least one token each")
+    if len(responses) % len(prompts) != 0:
+        raise ValueError("log_probs needs as many responses to each prompt as to the others")
     hidden, tokens, mask = response_states(model, prompts, responses)
 
     def place(values):
@@ -501,9 +504,9 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None):
 
     # Dividing the hidden states by the temperature divides the logits by it.
     hidden = hidden / temperature
-    # Here a weight of the model is used outside its forward pass. DDP and FSDP allow that: they add up a gradient over
-    # the processes in the backward pass, wherever the weight was used. With FSDP the weight must not be split at this
-    # moment, and it is not: see `distribute`.
+    # Here a weight of the model is used outside its forward pass. DDP and FSDP allow that: in the backward pass they
+    # average its gradient over the processes, wherever the weight was used. With FSDP the weight must not be split at
+    # this moment, and it is not: see `distribute`.
     output_weight = unwrap(model).get_output_embeddings().weight
     logprobs = place(token_logprobs(hidden, output_weight, tokens))
     if reference is None:
@@ -519,12 +522,12 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None):
 @torch.no_grad()
 def copy_weights(source, target) -> None:
     """Line 4, θ* ← θ: copies the parameters of one model to another of the same shape."""
-    for new, old in zip(source.parameters(), target.parameters(), strict=True):
-        new = new.to(old.dtype)
-        if isinstance(new, DTensor):
+    for parameter, its_copy in zip(source.parameters(), target.parameters(), strict=True):
+        values = parameter.to(its_copy.dtype)
+        if isinstance(values, DTensor):
             # With --shard each process holds a share of the parameter. This joins all shares.
-            new = new.full_tensor()
-        old.copy_(new)
+            values = values.full_tensor()
+        its_copy.copy_(values)
 
 
 # ------------------------------------------------------------------------------------------
@@ -564,8 +567,8 @@ def sample_trajectories(
             seeds=[seed + i for i in numbers],
         )
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        for place, (response, text) in enumerate(zip(responses, texts)):
-            problem = problems[numbers[place // num_samples]]
+        problem_of_response = [problems[i] for i in numbers for _ in range(num_samples)]
+        for problem, response, text in zip(problem_of_response, responses, texts):
             is_cut = response[-1] not in stops
             if is_cut:
                 text += CUT_MARK
@@ -586,7 +589,7 @@ def micro_batches(trajectories: list[dict], max_tokens: int) -> list[list[dict]]
 
     A micro-batch has at most `max_tokens` tokens, including the padding to its longest trajectory, unless a single
     trajectory is longer than that. Trajectories of similar length go together, which keeps the padding small. The
-    longest come first: if they fit into memory, so do the others.
+    longest come first: if they fit into memory, so do the others. Here, two rows of 1 + 4 tokens fit into 10:
 
     >>> trajectories = [{"prompt": [0], "response": [0] * length} for length in (4, 2, 8, 3)]
     >>> [[len(row["response"]) for row in batch] for batch in micro_batches(trajectories, max_tokens=10)]
@@ -611,7 +614,7 @@ def micro_batch_loss(policy, batch, config, reference=None):
 
     Returns: the loss, and a dict of sums over the response tokens, for the records: tokens, logprobs and kl.
     """
-    prompts = [trajectory["prompt"] for trajectory in batch]
+    prompts = [trajectory["prompt"] for trajectory in batch]  # one for each response
     responses = [trajectory["response"] for trajectory in batch]
     if reference is None:
         logprobs, mask = log_probs(policy, prompts, responses, config.temperature)
@@ -640,7 +643,7 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     # 1) A trajectory of weight 0 has no gradient, unless the KL gives it one. Leave it out.
     kept = [trajectory for trajectory in trajectories if trajectory["weight"] != 0 or reference is not None]
 
-    # 2) Split the others into micro-batches. In each round, every process takes one, and the gradients add up.
+    # 2) Split those that are kept into micro-batches. In each round, every process takes one, and the gradients add up.
     batches = micro_batches(kept, config.micro_batch_tokens)
     rounds = math.ceil(len(batches) / WORLD_SIZE)
     totals = {"loss": 0.0, "tokens": 0, "logprobs": 0.0, "kl": 0.0}
@@ -681,7 +684,7 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     if is_finite and batches:
         optimizer.step()
     # Free the gradients' memory for sampling. With DDP the gradients are views of its buffers (see `distribute`), which
-    # stay in memory. There, only zero them: new gradients would be held beside the buffers.
+    # stay in memory. So with DDP only zero them: new gradients would be held beside the buffers.
     optimizer.zero_grad(set_to_none=not isinstance(policy, DistributedDataParallel))
 
     # 4) Add up what the processes have counted.
@@ -700,8 +703,8 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
 def train(config, policy, old_policy, reference, tokenizer, problems, held_out, output) -> None:
     """Algorithm 1. Each iteration and each evaluation adds a row to OUTPUT/metrics.jsonl.
 
-    Why is there a second model? θ does not change while it is sampled from, so it could be sampled from itself. But θ*
-    is faster to sample from. It is whole in every process, where θ may be split over the GPUs. On a GPU it is in
+    Why is there a second model? θ does not change while we sample, so we could sample from θ itself. But θ* is faster
+    to sample from. It is whole in every process, whereas θ may be split over the GPUs. On a GPU it is in
     bfloat16, whereas θ has to be float32, since bfloat16 would round updates of 1e-6 away. After sampling, θ* is not
     needed until the next iteration. (PPO and GRPO would need its probabilities for their ratios.)
 
@@ -731,7 +734,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
     def evaluate(step):
         """Records the share of held-out problems that θ answers correctly, taking the likeliest token each time."""
         copy_weights(policy, old_policy)
-        answers = sample_trajectories(
+        trajectories = sample_trajectories(
             old_policy,
             tokenizer,
             task,
@@ -741,7 +744,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
             sample_batch=sample_batch,
             temperature=0,
         )
-        accuracy = np.mean([answer["reward"] for answer in answers])
+        accuracy = np.mean([trajectory["reward"] for trajectory in trajectories])
         record(config, output, metrics, {"step": step, "eval_accuracy": accuracy})
 
     # The order of the problems: one random permutation after the other. Iteration t takes the t-th block of P.
@@ -771,7 +774,8 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
             max_new_tokens=config.max_new_tokens,
             sample_batch=sample_batch,
             temperature=config.temperature,
-            # `sample_trajectories` adds the prompt's number: no two prompts, iterations or values of --seed share one.
+            # `sample_trajectories` adds the prompt's number, so no two prompts, iterations or values of --seed share a
+            # seed (with fewer than 10**6 prompts in an iteration, and 10**6 iterations).
             seed=config.seed * 10**12 + step * 10**6,
         )
         sample_seconds = time.perf_counter() - start
@@ -783,14 +787,14 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         for trajectory, weight in zip(trajectories, weights.flatten().tolist()):
             trajectory["weight"] = weight
 
+        # The learning rate rises during the first five iterations, in which Adam's averages form.
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)
+
         # Lines 11 and 12, the M-step. At the first update θ = θ* (on a GPU, up to the rounding of θ* to bfloat16). So
         # the samples come from the policy itself: they are *on-policy*, and Eq. 12 is the policy gradient (Eq. 4) for
         # smoothed rewards, with nothing to correct. At a second update (--updates) θ has moved away from θ*, and the
         # samples are *off-policy*. PPO and GRPO would now multiply each term by π_θ/π_θ*, and clip it. Eq. 12 does not,
         # and so is right only as long as θ stays near θ*.
-
-        # The learning rate rises during the first five iterations, in which Adam's averages form.
-        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)
         all_statistics = [update(policy, optimizer, trajectories, config, reference) for _ in range(config.updates)]
 
         # Line 13: that was the iteration. What follows records how it went, and saves it.
@@ -847,7 +851,7 @@ class Task:
     prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-# It stands behind a response that the token limit cut off: so its reader, and its grader, can tell.
+# This is put behind a response that the token limit cut off, so that a reader and a reward function can tell.
 CUT_MARK = "…"
 
 
@@ -891,8 +895,8 @@ def final_answer(text: str) -> str | None:
     last "####" or "answer is". Without these words, it is the last number. Of a sentence or line, only what follows its
     last "=" counts.
 
-    A response that was cut off has no last number: it is only the number at which the model was stopped, perhaps in the
-    middle. By accident it would often be right, and the model would be rewarded for a guess that it did not make.
+    If the token limit cut a response off, its last number does not count. It is only the number at which the model was
+    stopped. By accident it would often be right, and the model would be rewarded for an answer that it did not give.
 
     >>> final_answer(r"So it is \boxed{18}, not 17.")
     '18'
@@ -900,7 +904,8 @@ def final_answer(text: str) -> str | None:
     '18'
     >>> final_answer("Of 5 boxes with 241 each there are 5 * 241 = 1,205")
     '1205'
-    >>> final_answer("There are two steps. 1. Find the number of boxes. 2…")
+    >>> final_answer("There are two steps. 1. Find the number of boxes. 2…") is None
+    True
     """
     boxed = last_boxed(text)
     if boxed:
@@ -924,6 +929,7 @@ def final_answer(text: str) -> str | None:
     return number.replace(",", "")
 
 
+# Many samples give the same answer to a problem. Compare it once.
 @lru_cache(maxsize=4096)
 def is_right(given: str | None, answer: str) -> float:
     r"""1.0 if a formula equals the answer, else 0.0.
@@ -1164,14 +1170,14 @@ def state_of(policy, optimizer, reference) -> dict:
     """
     state = {}
     for name, parameter in unwrap(policy).named_parameters():
-        averages = optimizer.state[parameter]
-        if not averages:
+        adam = optimizer.state[parameter]
+        if not adam:
             # AdamW makes its averages at its first step. Until then, they are what it would begin with.
-            averages["step"] = torch.zeros((), device=parameter.device)
-            averages["exp_avg"] = torch.zeros_like(parameter)
-            averages["exp_avg_sq"] = torch.zeros_like(parameter)
+            adam["step"] = torch.zeros((), device=parameter.device)
+            adam["exp_avg"] = torch.zeros_like(parameter)
+            adam["exp_avg_sq"] = torch.zeros_like(parameter)
         state[f"policy.{name}"] = parameter
-        for kind, tensor in averages.items():
+        for kind, tensor in adam.items():
             state[f"{kind}.{name}"] = tensor
     if reference is not None:
         for name, parameter in reference.named_parameters():
@@ -1180,7 +1186,10 @@ def state_of(policy, optimizer, reference) -> dict:
 
 
 def save_checkpoint(output, step, metrics, policy, optimizer, reference) -> None:
-    """Writes OUTPUT/checkpoint-STEP, which gets its name when all of it is on the disk, and removes the one before."""
+    """Writes OUTPUT/checkpoint-STEP, which gets its name when all of it is on the disk, and removes the one before.
+
+    If a kill leaves an unfinished one, the next call writes over it.
+    """
     unfinished = output / "unfinished"
     state = {"step": step, "metrics": json.dumps(metrics), **state_of(policy, optimizer, reference)}
     # With a file for each tensor, they are written one by one, without a copy of all of them in memory.
@@ -1227,7 +1236,7 @@ def default_dtype(device: str) -> str:
 
 
 def default_recipe(model, task, device) -> dict:
-    """The defaults that depend on the model, the task and the device that a command names.
+    """The defaults that depend on the model, the task and the device that a command names. What it names wins.
 
     Without a model and a task, this picks a pair that the machine can train. With any task but sums, it picks a real
     model: the smallest, unless there is a large GPU. A model that is named, even base/, gets the defaults of Config.
@@ -1386,10 +1395,11 @@ def check_model(name: str, tokenizer) -> None:
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8]]
     differences = []
     sampled_from = []
-    model.register_forward_hook(lambda module, inputs, output: sampled_from.append(output.logits[:, -1]))
+    hook = model.register_forward_hook(lambda module, inputs, output: sampled_from.append(output.logits[:, -1]))
     try:
         # Two responses of four tokens to each prompt: the logits of four forward passes.
         responses = sample(model, prompts, 2, 4, eos_token_id=-1, pad_token_id=0, temperature=0)
+        hook.remove()
         sampled_from[0] = sampled_from[0].repeat_interleave(2, dim=0)  # the first pass has one row for each prompt
         sampler_logprobs = torch.stack(sampled_from, dim=1).log_softmax(dim=-1)  # (4, 4, V)
         logprobs, _ = log_probs(model, prompts, responses)  # (4, 4)
@@ -1406,7 +1416,7 @@ def check_model(name: str, tokenizer) -> None:
         ) from error
     worst = torch.stack(differences).max().item()
     # Rounding alone makes 1e-4 nats, measured with Qwen2.5-Coder-0.5B.
-    if not worst < 1e-3:
+    if not worst < 1e-3:  # so that nan is refused, too
         raise ValueError(
             f"--model {name}: models of its kind are not supported; sample or log_probs are {worst:.2g} nats off the "
             "model's own forward pass"
