@@ -65,13 +65,14 @@ def update(policy, optimizer, trajectories, config, reference=None, *, parts: in
     state = optimizer.state.get(next(policy.parameters()), {})
     split = random_parts(trajectories, parts, [config.seed, int(state.get("step", 0))])
 
-    # 1) θ is still θ*. Take every part's gradient there. Their mean is that of the whole buffer.
+    # 1) Take every part's gradient where θ is now, at θ*. (With --updates above 1, that is not where the buffer was sampled
+    #    from, but where this pass over it begins.) Their mean is the gradient of the whole buffer.
     if control_variate:
         at_old = [gradient(policy, part, config, reference)[0] for part in split]
         shares = [len(part) / len(trajectories) for part in split]
         whole = [sum(share * g for share, g in zip(shares, tensors)) for tensors in zip(*at_old)]
 
-    # 2) One step for each part. (At the first one θ is still θ*, so that its gradient is computed a second time. That
+    # 2) One step for each part. (At the first one θ has not moved, so that its gradient is computed a second time. That
     #    costs little, and spares a special case.)
     all_statistics = []
     for number, part in enumerate(split):
