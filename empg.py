@@ -896,7 +896,7 @@ def final_answer(text: str) -> str | None:
     last "=" counts.
 
     If the token limit cut a response off, its last number does not count. It is only the number at which the model was
-    stopped. By accident it would often be right, and the model would be rewarded for an answer that it did not give.
+    stopped. By accident it can be right, and the model would be rewarded for an answer that it did not give.
 
     >>> final_answer(r"So it is \boxed{18}, not 17.")
     '18'
