@@ -1304,6 +1304,10 @@ def check_device(device) -> None:
         fail("--device mps: torch finds no Apple GPU here; take --device cpu")
 
 
+# The method of a run, which its config.json names. A script that replaces pieces of this file sets another name, so that
+# --resume does not go on with another method.
+METHOD = "EMPG"
+
 # A resumed run may have other values of these options: up to rounding, they do not change what an iteration does.
 MAY_CHANGE = {"steps", "eval_every", "save_every", "wandb", "resume", "output", "device", "shard"}
 MAY_CHANGE |= {"sample_batch", "micro_batch_tokens", "gradient_checkpointing"}
@@ -1331,7 +1335,10 @@ def check_output(config) -> None:
         before = json.loads(begun_with.read_text())
     except ValueError:
         fail(f"--output {output}: its config.json cannot be read; name another directory")
-    # With other options this would be another run, and its checkpoint would replace the first one's.
+    # With another method or other options this would be another run, and its checkpoint would replace the first one's.
+    method = before.get("method", METHOD)
+    if method != METHOD:
+        fail(f"--output {output}: the run there was begun with {method}, not {METHOD}; name a new --output")
     for name, value in asdict(config).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
@@ -1447,7 +1454,7 @@ def main(argv=None) -> None:
     if RANK == 0:
         output.mkdir(parents=True, exist_ok=True)
         unfinished = output / "config.unfinished"
-        unfinished.write_text(json.dumps(asdict(config), indent=2))
+        unfinished.write_text(json.dumps({"method": METHOD, **asdict(config)}, indent=2))
         unfinished.replace(output / "config.json")
     say(str(config))
     say(f"{len(problems)} problems to train on, {len(held_out)} held out")

@@ -752,6 +752,7 @@ PIECES = (
     "micro_batches",
     "log_probs",
     "update",
+    "METHOD",
 )
 
 
@@ -1128,7 +1129,8 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path, odd_is_right, monkeypatch
 
     # 2) The options.
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert set(saved) == {field.name for field in dataclasses.fields(empg.Config)}
+    assert set(saved) == {"method", *(field.name for field in dataclasses.fields(empg.Config))}
+    assert saved["method"] == "EMPG"
     assert saved["seed"] == 0
 
     # 3) The model.
@@ -1560,6 +1562,28 @@ def test_a_run_is_not_taken_up_by_other_options(tiny, tmp_path, capfd, odd_is_ri
     empg.main(options(tiny, out, "--resume", steps=3, **more))
     assert [row["step"] for row in metrics(out)][-2:] == [3, 3]  # an iteration and its evaluation
     refuses(capfd, empg.main, options(tiny, out, "--resume", steps=2), "--steps 2", "has 3 already")
+
+
+@pytest.mark.parametrize(
+    ("replace", "method"),
+    [
+        (grpo.replace, "GRPO"),
+        (functools.partial(importance.replace, "clipped"), "importance weights clipped"),
+        (functools.partial(ablations.replace, "none", "loo", False), "smoothing none"),
+        (functools.partial(ema_pg.replace, "k3", k=0), "KL by k3"),
+        (functools.partial(svrg.replace, 4, True), "4 parts, with control variate"),
+    ],
+    ids=["grpo", "importance", "ablations", "ema_pg", "svrg"],
+)
+def test_a_run_is_not_taken_up_by_another_method(
+    replace, method, tiny, tmp_path, capfd, odd_is_right, pieces_come_back
+):
+    """A study does not go on with a run of empg.py, and loses nothing of it."""
+    empg.main(options(tiny, tmp_path, steps=1, eval_every=0))
+    before = files_in(tmp_path)
+    replace()
+    refuses(capfd, empg.main, options(tiny, tmp_path, "--resume"), "--output", "begun with EMPG", f"{method}")
+    assert files_in(tmp_path) == before
 
 
 def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, capfd, odd_is_right):

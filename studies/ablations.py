@@ -51,6 +51,8 @@ def graded(response: str, answer: str) -> float:
 
 def replace(smoothing: str, baseline_kind: str, is_graded: bool) -> None:
     """Puts the pieces in place of empg.py's own."""
+    reward = "graded" if is_graded else "right or wrong"
+    empg.METHOD = f"EMPG with smoothing {smoothing}, baseline {baseline_kind}, reward {reward}"
     if smoothing == "none":
         empg.smooth_rewards = lambda rewards: rewards
     empg.subtract_baseline = partial(baseline, kind=baseline_kind)

@@ -88,8 +88,9 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None, *, kl:
 def moving_update(update, decay: float, every: int, policy, optimizer, trajectories, config, reference=None) -> dict:
     """As `empg.update`; and after every `every` iterations the reference moves towards the policy."""
     statistics = update(policy, optimizer, trajectories, config, reference)
-    # AdamW counts the updates, and a checkpoint keeps the number.
-    updates = int(next(iter(optimizer.state.values()))["step"])
+    # AdamW counts the updates, and a checkpoint keeps the number. (Before its first one there is no state.)
+    state = optimizer.state.get(next(policy.parameters()), {})
+    updates = int(state.get("step", 0))
     if reference is not None and updates % (every * config.updates) == 0:
         with torch.no_grad():
             for new, old in zip(policy.parameters(), reference.parameters(), strict=True):
@@ -101,8 +102,10 @@ def replace(kl: str = "exact", k: int = 32, decay: float = 1.0, every: int = 10)
     """Puts the pieces in place of empg.py's own."""
     if kl != "exact":
         empg.log_probs = partial(log_probs, kl=kl, k=k)
+        empg.METHOD += f" with the KL by {kl}" + (f", k = {k}" if kl == "topk" else "")
     if decay < 1:
         empg.update = partial(moving_update, empg.update, decay, every)
+        empg.METHOD += f" with the reference moving by {decay} every {every} iterations"
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def micro_batch_loss(policy, batch, config, reference=None, *, policy_loss):
 
 def replace() -> None:
     """Makes empg.py do GRPO."""
+    empg.METHOD = "GRPO"
     empg.smooth_rewards = lambda rewards: rewards
     empg.subtract_baseline = grpo_advantages
     empg.micro_batch_loss = partial(micro_batch_loss, policy_loss=grpo_loss)

@@ -50,6 +50,7 @@ LOSSES = {"trajectory": trajectory_loss, "clipped": clipped_loss}
 
 def replace(kind: str) -> None:
     """Puts the importance weights into empg.py's loss."""
+    empg.METHOD = f"EMPG with importance weights {kind}"
     empg.micro_batch_loss = partial(grpo.micro_batch_loss, policy_loss=LOSSES[kind])
 
 

@@ -179,6 +179,12 @@ def measure(picture: str, model=empg.LAPTOP["model"], seeds=3, draws=100, prompt
     figure.savefig(picture, dpi=200)
 
 
+def replace(parts: int, control_variate: bool) -> None:
+    """Makes empg.py learn from a batch in parts."""
+    empg.update = partial(update, parts=parts, control_variate=control_variate)
+    empg.METHOD = f"EMPG in {parts} parts, {'with' if control_variate else 'without'} control variate"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--parts", type=int, default=4)
@@ -190,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     if chosen.measure:
         measure(chosen.measure)
         return
-    empg.update = partial(update, parts=chosen.parts, control_variate=not chosen.no_control_variate)
+    replace(chosen.parts, control_variate=not chosen.no_control_variate)
     empg.main(rest)
 
 
