@@ -10,9 +10,9 @@ We want a policy with a high expected reward, J(θ) = E[R(τ)] = Σ_τ P_θ(τ) 
 
     ∇J(θ) = Σ_τ R(τ) ∇P_θ(τ) = E[R(τ) ∇log P_θ(τ)].                                            (Eq. 4)
 
-This is an average that samples can estimate: make each sampled trajectory more likely, in proportion to its reward.
-It is called the policy gradient. Following it is called REINFORCE. EMPG takes it in two steps that repeat, as in
-expectation-maximisation (EM):
+This is an average, so samples can estimate it. A step along the estimate makes each sampled trajectory more likely,
+in proportion to its reward. The gradient is called the policy gradient, and following it REINFORCE. EMPG does so in
+two steps that repeat. They are named after those of expectation-maximisation (EM), from which README derives them:
 
     E-step: Freeze a copy θ* of the policy. Sample several trajectories for each prompt from it, into a buffer D,
             and reward them.
@@ -188,8 +188,8 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
     μ and σ are the mean and the standard deviation of the rewards of the whole batch, over all processes.
 
     It is meant for rewards such as scores, of which one extreme value could outweigh all others. Rewards of 0 and 1
-    just become two other numbers. Then the advantages are those without smoothing, times a factor that is the same for
-    the whole batch.
+    just become two other numbers. Then the weights that `subtract_baseline` makes of them are those without smoothing,
+    times a factor that is the same for the whole batch.
 
     Takes: rewards, (N,), finite numbers.
     Returns: (N,), strictly between 0 and 1; all 0.5 if the rewards are equal.
@@ -224,9 +224,9 @@ def subtract_baseline(rewards: Tensor) -> Tensor:
 
         E[b ∇log P_θ(τ)] = b Σ_τ P_θ(τ) ∇log P_θ(τ) = b Σ_τ ∇P_θ(τ) = b ∇1 = 0.
 
-    What it does change is the variance: it removes what all samples of a prompt share because the prompt is easy or
-    hard. It also gives wrong answers a negative weight. (Smoothed rewards depend on each other a little, through μ and
-    σ. In a large batch that is negligible.)
+    (With smoothed rewards this is nearly true: through μ and σ, b depends a little on R(τ). In a large batch that is
+    negligible.) What it does change is the variance: it removes what all samples of a prompt share because the prompt
+    is easy or hard. It also gives wrong answers a negative weight.
 
     Takes: rewards, (P, G): prompts × samples of each, with G of 2 or more.
     Returns: (P, G) weights, exactly 0 for a prompt whose rewards are all equal.
@@ -358,7 +358,7 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
     cache.batch_repeat_interleave(num_samples)
     logits = output.logits[:, -1].repeat_interleave(num_samples, dim=0)  # (rows, V), for the next token
     mask = mask.repeat_interleave(num_samples, dim=0)  # (rows, columns)
-    position = positions[:, -1:].repeat_interleave(num_samples, dim=0)  # (rows, 1), of the last token
+    last_position = positions[:, -1:].repeat_interleave(num_samples, dim=0)  # (rows, 1), of the last token
 
     # 4) Sample token by token. Rows leave the batch when their responses have ended, so remember whose row it is.
     responses = [[] for _ in range(len(prompts) * num_samples)]
@@ -381,12 +381,12 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
             cache.batch_select_indices(going_on)
             tokens = tokens[going_on]
             mask = mask[going_on]
-            position = position[going_on]
+            last_position = last_position[going_on]
 
         # The tokens just drawn are one more column. The model reads only them: the cache has the rest.
         mask = F.pad(mask, (0, 1), value=1)
-        position = position + 1
-        output = model(tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache)
+        last_position = last_position + 1
+        output = model(tokens[:, None], attention_mask=mask, position_ids=last_position, past_key_values=cache)
         logits = output.logits[:, -1]
     return responses
 
@@ -404,16 +404,17 @@ def response_states(model, prompts, responses):
         tokens, (n,), the tokens that they predict;
         mask, (N, T), true where a response, padded to the longest of them, has a token.
     """
-    samples = len(responses) // len(prompts)
-    prompts = [prompt for prompt in prompts for _ in range(samples)]  # one for each response
+    num_samples = len(responses) // len(prompts)
+    prompts = [prompt for prompt in prompts for _ in range(num_samples)]  # one for each response
 
     # Put each response after its prompt, and pad on the right. Causal attention never looks to the right, so the
     # padding changes nothing, and the model needs neither a mask nor positions. Without a mask, attention can use the
-    # fastest kernel of a GPU. We need only the hidden states, but DDP and FSDP hook into the forward pass of the whole
-    # model. So call that, and let it compute as few logits as possible.
+    # fastest kernel of a GPU.
     device = unwrap(model).device
     rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
     ids = pad_sequence(rows, batch_first=True).to(device)  # (N, columns)
+    # We need only the hidden states, but DDP and FSDP hook into the forward pass of the whole model. So call the whole
+    # model, and let it compute as few logits as possible.
     output = model(ids, output_hidden_states=True, use_cache=False, logits_to_keep=1)
 
     # The state in one column predicts the token in the next one: shift them by one.
@@ -438,9 +439,9 @@ LOGIT_ROWS = 2048 if torch.cuda.is_available() else 256
 def token_logprobs(hidden: Tensor, output_weight: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(W h)[token]: the log-probability of each token, given the hidden state h before it.
 
-    This is minus a cross entropy of the logits W h, which for a whole batch would be the largest tensor of all.
-    torch's function computes them for some rows at a time, and again in the backward pass. (It is new in torch 2.13.
-    Before, use F.cross_entropy for some rows at a time, under torch.utils.checkpoint.)
+    This is minus the cross entropy of the logits W h. For a whole batch the logits would be the largest tensor of all.
+    So F.linear_cross_entropy computes them for some rows at a time, and again in the backward pass. (It is new in torch
+    2.13. Before, use F.cross_entropy for some rows at a time, under torch.utils.checkpoint.)
 
     Takes: hidden, (n, H); output_weight, the output embeddings W, (V, H); tokens, (n,).
     Returns: (n,) float32, in nats.
@@ -555,19 +556,19 @@ def sample_trajectories(
     problems_at_a_time = max(1, sample_batch // num_samples)
     trajectories = []
     for start in range(my_first, my_end, problems_at_a_time):
-        numbers = range(start, min(start + problems_at_a_time, my_end))
+        indices = range(start, min(start + problems_at_a_time, my_end))
         responses = sample(
             model,
-            [problems[i]["prompt"] for i in numbers],
+            [problems[i]["prompt"] for i in indices],
             num_samples,
             max_new_tokens,
             eos_token_id=stops,
             pad_token_id=stops[0],
             temperature=temperature,
-            seeds=[seed + i for i in numbers],
+            seeds=[seed + i for i in indices],
         )
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        problem_of_response = [problems[i] for i in numbers for _ in range(num_samples)]
+        problem_of_response = [problems[i] for i in indices for _ in range(num_samples)]
         for problem, response, text in zip(problem_of_response, responses, texts):
             is_cut = response[-1] not in stops
             if is_cut:
@@ -688,9 +689,9 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     optimizer.zero_grad(set_to_none=not isinstance(policy, DistributedDataParallel))
 
     # 4) Add up what the processes have counted.
-    counted = gather([totals])
-    totals = {name: sum(each[name] for each in counted) for name in totals}
-    tokens = totals["tokens"] or math.nan
+    totals_of_all = gather([totals])
+    totals = {name: sum(each[name] for each in totals_of_all) for name in totals}
+    tokens = totals["tokens"] if totals["tokens"] > 0 else math.nan  # of no tokens there is no mean
     return {
         "loss": totals["loss"],
         "grad_norm": norm.item(),
@@ -715,7 +716,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         output, the directory of the run.
     """
     task = TASKS[config.task]
-    P = config.prompts_per_step
+    P = config.prompts_per_step  # not the probability P_θ
     G = config.num_samples
     # As is usual for language models, Adam remembers the squares of about 20 gradients (0.95), not of 1,000. Weight
     # decay would pull θ towards 0, away from the base model.
@@ -795,7 +796,9 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         # smoothed rewards, with nothing to correct. At a second update (--updates) θ has moved away from θ*, and the
         # samples are *off-policy*. PPO and GRPO would now multiply each term by π_θ/π_θ*, and clip it. Eq. 12 does not,
         # and so is right only as long as θ stays near θ*.
-        all_statistics = [update(policy, optimizer, trajectories, config, reference) for _ in range(config.updates)]
+        all_statistics = []
+        for _ in range(config.updates):
+            all_statistics.append(update(policy, optimizer, trajectories, config, reference))
 
         # Line 13: that was the iteration. What follows records how it went, and saves it.
         seconds = time.perf_counter() - start
@@ -848,6 +851,7 @@ class Task:
     # "question" and "answer", both text.
     problems: Callable
     # What the model is asked. {question} stands for the question.
+    # (A problem's "prompt" is this text as token ids: see `add_prompts`.)
     prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -866,7 +870,10 @@ def last_boxed(text: str) -> str | None:
         return None
     depth = 1
     for i, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
         if depth == 0:
             return rest[:i]
     # The box is never closed.
@@ -951,7 +958,7 @@ def is_right(given: str | None, answer: str) -> float:
         # Remove dollar signs around the formula, and a full stop behind it. (The dot in .5 stays.)
         formula = formula.lstrip(" $").rstrip(" .$")
         # Words behind a number, as in "6 kilometers", are its unit. Without \text{}, math_verify would read them as a
-        # product of letters.
+        # product of letters. Only words of three letters or more: "or" and a variable are no unit, nor is "and".
         return re.sub(r"^([\d.,]+)(?:\s+(?!and\b)[a-z]{3,})+$", r"\1", formula)
 
     gold = clean(last_boxed(answer) or answer.rpartition("####")[2])
@@ -1172,7 +1179,7 @@ def state_of(policy, optimizer, reference) -> dict:
     for name, parameter in unwrap(policy).named_parameters():
         adam = optimizer.state[parameter]
         if not adam:
-            # AdamW makes its averages at its first step. Until then, they are what it would begin with.
+            # AdamW makes its averages at its first step. Before that, make them here, as AdamW would: zeros.
             adam["step"] = torch.zeros((), device=parameter.device)
             adam["exp_avg"] = torch.zeros_like(parameter)
             adam["exp_avg_sq"] = torch.zeros_like(parameter)
@@ -1304,8 +1311,8 @@ def check_device(device) -> None:
         fail("--device mps: torch finds no Apple GPU here; take --device cpu")
 
 
-# The method of a run, which its config.json names. A script that replaces pieces of this file sets another name, so that
-# --resume does not go on with another method.
+# The method of a run, which its config.json names. A script that replaces pieces of this file sets another name. So
+# --resume cannot go on with another method.
 METHOD = "EMPG"
 
 # A resumed run may have other values of these options: up to rounding, they do not change what an iteration does.
@@ -1401,14 +1408,17 @@ def check_model(name: str, tokenizer) -> None:
     _, model = load_model(name, torch.float32)
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8]]
     differences = []
-    sampled_from = []
-    hook = model.register_forward_hook(lambda module, inputs, output: sampled_from.append(output.logits[:, -1]))
+    # The hook collects the logits of the sampler's forward passes, one for each new token.
+    sampler_logits = []
+    hook = model.register_forward_hook(lambda module, inputs, output: sampler_logits.append(output.logits[:, -1]))
     try:
-        # Two responses of four tokens to each prompt: the logits of four forward passes.
-        responses = sample(model, prompts, 2, 4, eos_token_id=-1, pad_token_id=0, temperature=0)
+        # Two responses of four tokens to each prompt. No token is -1, so none of them ends early.
+        responses = sample(
+            model, prompts, num_samples=2, max_new_tokens=4, eos_token_id=-1, pad_token_id=0, temperature=0
+        )
         hook.remove()
-        sampled_from[0] = sampled_from[0].repeat_interleave(2, dim=0)  # the first pass has one row for each prompt
-        sampler_logprobs = torch.stack(sampled_from, dim=1).log_softmax(dim=-1)  # (4, 4, V)
+        sampler_logits[0] = sampler_logits[0].repeat_interleave(2, dim=0)  # the first pass has one row for each prompt
+        sampler_logprobs = torch.stack(sampler_logits, dim=1).log_softmax(dim=-1)  # (4, 4, V)
         logprobs, _ = log_probs(model, prompts, responses)  # (4, 4)
         for i, response in enumerate(responses):
             prompt = prompts[i // 2]
