@@ -4,15 +4,16 @@
 The *policy* is a language model with parameters θ. A *trajectory* τ is a prompt with a sampled response: a
 rationale and a final answer. P_θ(τ) is the probability that the policy gives this response to this prompt. The
 *reward* R(τ) is 1 if the final answer is right, else 0. (Below, Σ_τ is over the responses to one prompt. With many
-prompts, take the average over them.)
+prompts, take the average over them. README also counts the probability of the prompt, which does not depend on θ.)
 
 We want a policy with a high expected reward, J(θ) = E[R(τ)] = Σ_τ P_θ(τ) R(τ). Since ∇P = P ∇log P, its gradient is
 
     ∇J(θ) = Σ_τ R(τ) ∇P_θ(τ) = E[R(τ) ∇log P_θ(τ)].                                            (Eq. 4)
 
 This is an average, so samples can estimate it. A step along the estimate makes each sampled trajectory more likely,
-in proportion to its reward. The gradient is called the policy gradient, and following it REINFORCE. EMPG does so in
-two steps that repeat. They are named after those of expectation-maximisation (EM), from which README derives them:
+in proportion to its reward. The gradient is called the policy gradient; the method that follows it is called
+REINFORCE. EMPG, too, follows it, in two steps that repeat. They are named after those of expectation-maximisation
+(EM), from which README derives them:
 
     E-step: Freeze a copy θ* of the policy. Sample several trajectories for each prompt from it, into a buffer D,
             and reward them.
@@ -254,7 +255,8 @@ def empg_loss(logprobs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
         -(1/N) Σᵢ wᵢ log P_θ(τᵢ)    with    log P_θ(τ) = Σₜ log π_θ(token t | tokens before it).
 
     log P_θ(τ) is a sum over the tokens of the response, its end-of-sequence token included. With a mean in its place,
-    each token of a long response would count less, which favours short right answers and long wrong ones.
+    each token of a long response would count less: long right answers would be raised less than short ones, and long
+    wrong answers lowered less.
     If all weights are 1, this is the loss of supervised learning.
 
     Takes: logprobs, (N, T), log-probabilities of the response tokens, in nats;
@@ -413,8 +415,8 @@ def response_states(model, prompts, responses):
     device = unwrap(model).device
     rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
     ids = pad_sequence(rows, batch_first=True).to(device)  # (N, columns)
-    # We need only the hidden states, but DDP and FSDP hook into the forward pass of the whole model. So call the whole
-    # model, and let it compute as few logits as possible.
+    # We need only the last hidden states, which are those behind the final norm. But DDP and FSDP hook into the forward
+    # pass of the whole model. So call the whole model, and let it compute as few logits as possible.
     output = model(ids, output_hidden_states=True, use_cache=False, logits_to_keep=1)
 
     # The state in one column predicts the token in the next one: shift them by one.
@@ -454,9 +456,9 @@ def token_logprobs(hidden: Tensor, output_weight: Tensor, tokens: Tensor) -> Ten
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOGIT_ROWS, chunking_method=None)
     logprobs = -F.linear_cross_entropy(hidden, output_weight, tokens, reduction="none", options=options)
     # In a bfloat16 run, torch's function computes logits and softmax in float32, but returns bfloat16: a
-    # log-probability of -10 is accurate only to 0.03. The gradient does not see that rounding, and in the mean over
-    # tokens, by which `update` estimates the entropy, it averages out. A ratio of two probabilities, which EMPG has no
-    # use for, would be a few percent off.
+    # log-probability of -10 is accurate only to 0.03. The gradient does not see that rounding, since the loss is linear
+    # in the log-probabilities. In the mean over tokens, by which `update` estimates the entropy, it averages out. A
+    # ratio of two probabilities, which EMPG has no use for, would be a few percent off.
     return logprobs.float()
 
 
@@ -630,8 +632,9 @@ def micro_batch_loss(policy, batch, config, reference=None):
 def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     """M-step, line 12: one step of θ along the policy gradient of Eq. 12, minus β times the gradient of the KL.
 
-    The KL is that of the next-token distributions at each place in the sampled responses. θ also decides which
-    responses are sampled, and so at which places the KL is taken. As is common, the gradient leaves that out.
+    The KL is that of the next-token distributions after each beginning of the sampled responses. It depends on θ twice:
+    through these distributions, and through which responses are sampled. As is common, the gradient takes only the
+    first: the responses are treated as fixed data.
 
     Takes: trajectories, the dicts of `sample_trajectories`, each with its "weight" R̃ - b. They are those of all
         processes, which share the work.
@@ -1133,9 +1136,10 @@ def distribute(model, config):
     if config.shard:
         mesh = dist.init_device_mesh(config.device, (WORLD_SIZE,))
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
-        # Each layer is a unit, which is put together for its forward pass, and split again after it. The last call
-        # makes a unit of what is left in the model, the embeddings among it. By default (reshard_after_forward=None)
-        # fully_shard keeps this outermost unit whole from its forward to its backward pass. `log_probs` relies on that.
+        # Each layer is a unit, which is put together for its forward pass, and split again after it. The last turn of
+        # the loop, with the model itself, makes one more unit of the parameters that are left, the embeddings among
+        # them. By default (reshard_after_forward=None) fully_shard keeps this outermost unit whole from its forward to
+        # its backward pass. `log_probs` relies on that.
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, mp_policy=precision)
     # With FSDP, each process converts only its own share.
