@@ -921,8 +921,9 @@ def final_answer(text: str) -> str | None:
     if boxed:
         return boxed
     is_cut = text.endswith(CUT_MARK)
-    # A number at the cut may not be complete.
-    text = re.sub(rf"[\d.,]*{CUT_MARK}$", "", text)
+    if is_cut:
+        # A number at the cut may not be complete.
+        text = text.removesuffix(CUT_MARK).rstrip("0123456789.,")
     parts = re.split("####|answer is", text, flags=re.IGNORECASE)
     is_announced = len(parts) > 1
     if is_cut and not is_announced:

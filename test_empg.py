@@ -103,14 +103,14 @@ def gradient(value: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(value, of, retain_graph=True)[0]
 
 
-def groups_of(logits: torch.Tensor, kind: str, group: int = 3):
-    """Every group of `group` samples of the toy policy: its probability and its EMPG gradient with a baseline."""
+def groups_of(logits: torch.Tensor, weigh, group: int = 3):
+    """Every group of `group` samples of the toy policy: its probability and its EMPG gradient, with the weights that `weigh`
+    gives the numbers of its trajectories."""
     logprobs = toy_logprobs(logits)
     probability = probabilities(logprobs).detach()
     for numbers in itertools.product(range(len(TRAJECTORIES)), repeat=group):
         rows = list(numbers)
-        weights = ablations.baseline(SMOOTHED[rows][None], kind)[0]
-        loss = empg.empg_loss(logprobs[rows], MASK[rows], weights)
+        loss = empg.empg_loss(logprobs[rows], MASK[rows], weigh(rows))
         yield probability[rows].prod(), -gradient(loss, logits)
 
 
@@ -124,7 +124,10 @@ def test_expected_gradient_is_the_policy_gradient(kind, factor):
     probability = probabilities(toy_logprobs(logits))
     assert probability.sum().item() == pytest.approx(1, abs=1e-12)
 
-    groups = list(groups_of(logits, kind))
+    def weigh(rows, kind):
+        return ablations.baseline(SMOOTHED[rows][None], kind)[0]
+
+    groups = list(groups_of(logits, functools.partial(weigh, kind=kind)))
     expected = sum(p * direction for p, direction in groups)
     policy_gradient = gradient((probability * SMOOTHED).sum(), logits)
     torch.testing.assert_close(expected, factor * policy_gradient, rtol=1e-10, atol=1e-12)
@@ -133,7 +136,7 @@ def test_expected_gradient_is_the_policy_gradient(kind, factor):
         return sum(p * (direction - expected).square().sum() for p, direction in groups)
 
     if kind == "loo":
-        assert variance(groups) < 0.5 * variance(groups_of(logits, "none"))
+        assert variance(groups) < 0.5 * variance(groups_of(logits, functools.partial(weigh, kind="none")))
 
 
 def lower_bound(logits: torch.Tensor, q: torch.Tensor) -> float:
@@ -192,14 +195,12 @@ def test_smoothing_keeps_the_direction_for_rewards_of_0_and_1(rewards, is_exact)
     """With smoothing, too, the expected gradient points where ∇J does if rewards are 0 or 1, and not quite there if they are
     scores: by summing over all groups of three samples, each of which is a batch."""
     logits = toy_logits(3)
-    logprobs = toy_logprobs(logits)
-    probability = probabilities(logprobs)
-    expected = torch.zeros_like(logits)
-    for numbers in itertools.product(range(len(TRAJECTORIES)), repeat=3):
-        rows = list(numbers)
-        weights = empg.subtract_baseline(empg.smooth_rewards(rewards[rows])[None])[0]
-        loss = empg.empg_loss(logprobs[rows], MASK[rows], weights)
-        expected -= probability[rows].prod().detach() * gradient(loss, logits)
+
+    def weigh(rows):
+        return empg.subtract_baseline(empg.smooth_rewards(rewards[rows])[None])[0]
+
+    expected = sum(p * direction for p, direction in groups_of(logits, weigh))
+    probability = probabilities(toy_logprobs(logits))
     policy_gradient = gradient((probability * rewards).sum(), logits)
     cosine = torch.cosine_similarity(expected.flatten(), policy_gradient.flatten(), dim=0).item()
     assert cosine == pytest.approx(1, abs=1e-10) if is_exact else 0.5 < cosine < 0.999
@@ -1380,6 +1381,20 @@ def test_the_reference_stays_or_follows(decay, tiny, tmp_path, odd_is_right, mon
     for steps in (3, 5):
         empg.main(options(tiny, tmp_path / "parts", "--resume", steps=steps, **more))
     same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_moving_reference_outlives_a_skipped_first_update():
+    """If the very first gradient is not finite, Adam has no state yet. The next iteration goes on all the same."""
+    model = make_model()
+    reference = make_model().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step = functools.partial(ema_pg.moving_update, empg.update, 0.7, 1, model, optimizer)
+    skipped = step(rows_with(math.nan * WEIGHTS), config(), reference)
+    assert skipped["skipped_updates"] == 1
+    assert ema_pg.updates_done(model, optimizer) == 0
+    taken = step(rows_with(WEIGHTS), config(), reference)
+    assert taken["skipped_updates"] == 0
+    assert ema_pg.updates_done(model, optimizer) == 1
 
 
 @pytest.mark.parametrize("more", [{"eval_problems": 1}, {"eval_every": 0}], ids=["few-held-out", "no-evaluation"])

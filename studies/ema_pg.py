@@ -85,13 +85,16 @@ def log_probs(model, prompts, responses, temperature=1.0, reference=None, *, kl:
     return place(values), mask, place(kls)
 
 
+def updates_done(policy, optimizer) -> int:
+    """The number of updates so far. AdamW counts them, and a checkpoint keeps the number. (At first there is no state.)"""
+    state = optimizer.state.get(next(policy.parameters()), {})
+    return int(state.get("step", 0))
+
+
 def moving_update(update, decay: float, every: int, policy, optimizer, trajectories, config, reference=None) -> dict:
     """As `empg.update`; and after every `every` iterations the reference moves towards the policy."""
     statistics = update(policy, optimizer, trajectories, config, reference)
-    # AdamW counts the updates, and a checkpoint keeps the number. (Before its first one there is no state.)
-    state = optimizer.state.get(next(policy.parameters()), {})
-    updates = int(state.get("step", 0))
-    if reference is not None and updates % (every * config.updates) == 0:
+    if reference is not None and updates_done(policy, optimizer) % (every * config.updates) == 0:
         with torch.no_grad():
             for new, old in zip(policy.parameters(), reference.parameters(), strict=True):
                 old.lerp_(new, 1 - decay)

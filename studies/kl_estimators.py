@@ -20,6 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import empg
+import eval as scoring
 
 VOCABULARY = 12
 
@@ -100,7 +101,7 @@ def main(picture: str = "kl_estimators.png", pairs: int = 200) -> None:
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     axes = figure.subplots(1, 3)
     panels = ((1, "value: standard deviation / KL"), (2, "gradient: bias"), (3, "gradient: standard deviation"))
-    for (name, rows), colour, line in zip(found.items(), ("#0072B2", "#D55E00", "#009E73"), ("-", "--", ":")):
+    for (name, rows), colour, line in zip(found.items(), scoring.COLOURS, ("-", "--", ":")):
         for axis, (column, label) in zip(axes, panels):
             axis.plot(ks, [row[column] for row in rows], line, color=colour, label=name)
             axis.set(xlabel="k", ylabel=label)

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gradients import load_sums, sample_batch
+import gradients
+from ema_pg import updates_done
 
 import empg
 import eval as scoring
@@ -60,10 +61,9 @@ def update(policy, optimizer, trajectories, config, reference=None, *, parts: in
     With the control variate it keeps a gradient of the size of θ for each part, and for the whole. SVRG as published
     computes the part's gradient at θ* anew. That needs less memory, and a third pass over the buffer.
     """
-    # AdamW counts its steps, and a checkpoint keeps the number. With it as a seed, every buffer is split in another way,
-    # and a resumed run splits as the run would have.
-    state = optimizer.state.get(next(policy.parameters()), {})
-    split = random_parts(trajectories, parts, [config.seed, int(state.get("step", 0))])
+    # With the number of updates as a seed, every buffer is split in another way, and a resumed run splits as the run would
+    # have.
+    split = random_parts(trajectories, parts, [config.seed, updates_done(policy, optimizer)])
 
     # 1) Take every part's gradient where θ is now, at θ*. (With --updates above 1, that is not where the buffer was sampled
     #    from, but where this pass over it begins.) Their mean is the gradient of the whole buffer.
@@ -99,9 +99,8 @@ def trajectory_gradients(model, trajectories: list[dict]) -> Tensor:
     """(N, parameters): minus the term of each trajectory in Eq. 12, whose mean over a part is the part's gradient."""
     rows = []
     for trajectory in trajectories:
-        logprobs, mask = empg.log_probs(model, [trajectory["prompt"]], [trajectory["response"]])
-        loss = empg.empg_loss(logprobs, mask, torch.tensor([trajectory["weight"]]))
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        log_p = gradients.log_probabilities(model, [trajectory])
+        rows.append(gradients.gradient(model, log_p, torch.tensor([trajectory["weight"]])))
     return torch.stack(rows)
 
 
@@ -126,9 +125,9 @@ def noise_of_parts(now: Tensor, at_old: Tensor | None, size: int, draws: int, rn
 
 def study(model_name: str, seed: int, sizes, distances, draws: int, prompts: int) -> dict:
     """{(updates since θ*, with or without): what `noise_of_parts` finds, one row for each size of a part}."""
-    tokenizer, model, problems = load_sums(model_name)
+    tokenizer, model, problems = gradients.load_sums(model_name)
     rng = np.random.default_rng(seed)
-    trajectories, rewards = sample_batch(tokenizer, model, problems, prompts, 16, rng, seed * 10**12)
+    trajectories, rewards = gradients.sample_batch(tokenizer, model, problems, prompts, 16, rng, seed * 10**12)
     weights = empg.subtract_baseline(rewards).flatten()
     for trajectory, weight in zip(trajectories, weights.tolist()):
         trajectory["weight"] = weight
