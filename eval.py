@@ -13,48 +13,53 @@ problem. Then the report has three scores: mean@G is the share of right response
 least one of k responses is right; maj@G is the share of problems for which the commonest answer is right.
 """
 
+import argparse
 import json
 import math
 import re
+import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import empg
-from empg import RANK, TASKS, WORLD_SIZE, fail, option, progress, say
+from empg import RANK, TASKS, WORLD_SIZE, fail, option, say
 
 
 @dataclass
 class Options:
     """All options. (`parse_options` fills in those that are None.)"""
 
-    model: str = option(None, "Name of a model on the Hugging Face hub, or a directory, such as runs/NAME/model.")
+    model: str = option(None, "A model of the Hugging Face hub, or a directory, such as runs/NAME/model.")
     task: str = option("gsm8k", f"What to score it on: {', '.join(TASKS)}.")
     data: str | None = option(
-        None, "Name of a dataset on the hub, or a directory with test.jsonl, instead of the task's own."
+        None, "Other data than the task's own: a dataset of the hub, or a directory with test.jsonl."
     )
     split: Literal["test", "train"] = option("test", "Split of the dataset.")
     limit: int | None = option(None, "Score only this many problems, the first ones. Default: all.")
     num_samples: int = option(1, "Number of responses to each problem.")
-    temperature: float = option(None, "Temperature of sampling. Default: 0, which is greedy; 1 for several samples.")
-    max_new_tokens: int = option(
-        None, "Longest response, in tokens. Default: 1024, or what fits into the model's context."
+    temperature: float | None = option(
+        None, "Temperature of sampling. Default: 0, which is greedy; 1 for several samples."
+    )
+    max_new_tokens: int | None = option(
+        None, "Longest response, in tokens. Default: 1024, or what the model has room for."
     )
     seed: int = option(0, "Seed of sampling.")
-    dtype: Literal["bfloat16", "float32"] = option(
-        None, "Precision of computation. Default: bfloat16 on cuda, else float32."
-    )
+    dtype: Literal["bfloat16", "float32"] = option(None, "Precision. Default: bfloat16 on cuda, else float32.")
     output: str | None = option(
         None, "File for the responses (FILE.jsonl), which an interrupted command goes on with; or picture of --curves."
     )
     sample_batch: int = option(128, "Number of responses that a process samples at a time. Fewer take less memory.")
-    device: Literal["cuda", "mps", "cpu"] = option(None, "Where to compute. Default: cuda if there is a GPU, else cpu.")
+    device: Literal["cuda", "mps", "cpu"] | None = option(None, "Default: cuda if there is a GPU, else cpu.")
     compare: list[str] | None = field(
         default=None, metadata={"help": "Compare two files of responses to the same problems."}
     )
@@ -68,6 +73,149 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
     "Qwen2.5-Math-7B": {"gsm8k": (0.918, 0.004), "math-hard": (0.794, 0.755)},
     "Qwen2.5-14B-Instruct": {"gsm8k": (0.952, 0.940), "math-hard": (0.808, 0.816)},
 }
+
+# ------------------------------------------------------------------------------------------
+# What is right: finding the answer of a response, and comparing it
+# ------------------------------------------------------------------------------------------
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The contents of the last \boxed{...} in a text, or None. Braces within it are matched.
+
+    >>> last_boxed(r"So it is $\boxed{\frac{1}{2}}$.")
+    '\\frac{1}{2}'
+    """
+    _, box, rest = text.rpartition("\\boxed{")
+    if not box:
+        return None
+    depth = 1
+    for i, character in enumerate(rest):
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+        if depth == 0:
+            return rest[:i]
+    # The box is never closed.
+    return None
+
+
+NUMBER = re.compile(
+    r"""
+    (?: (?<! [\w)] ) - )?        # perhaps a minus sign, as in -3; but the one in 10-3 is not a sign
+    (?:
+        \d+                      # 18
+        (?: , \d{3} (?!\d) )*    # perhaps with thousands, as in 1,200
+        (?: \. \d+ )?            # perhaps with decimals, as in 2.50
+    |
+        \. \d+                   # .5
+    )
+    """,
+    re.VERBOSE,
+)
+
+
+def final_answer(text: str) -> str | None:
+    r"""The final answer of a response, or None.
+
+    It is the contents of the last \boxed{}. If that is not there, not closed or empty, it is the first number after the
+    last "####" or "answer is". Without these words, it is the last number. Of a sentence or line, only what follows its
+    last "=" counts.
+
+    If the token limit cut a response off, its last number does not count. It is only the number at which the model was
+    stopped. By accident it can be right, and the model would be rewarded for an answer that it did not give.
+
+    >>> final_answer(r"So it is \boxed{18}, not 17.")
+    '18'
+    >>> final_answer("The answer is 18. Let me check: 9 + 9 = 18 and 2 + 2 = 4.")
+    '18'
+    >>> final_answer("Of 5 boxes with 241 each there are 5 * 241 = 1,205")
+    '1205'
+    >>> final_answer("There are two steps. 1. Find the number of boxes. 2…") is None
+    True
+    """
+    boxed = last_boxed(text)
+    if boxed:
+        return boxed
+    is_cut = text.endswith(empg.CUT_MARK)
+    if is_cut:
+        # A number at the cut may not be complete.
+        text = text.removesuffix(empg.CUT_MARK).rstrip("0123456789.,")
+    parts = re.split("####|answer is", text, flags=re.IGNORECASE)
+    is_announced = len(parts) > 1
+    if is_cut and not is_announced:
+        return None
+
+    # In "The answer is 20 - 2 = 18" the right-hand side counts. So in each sentence or line, keep what follows its last
+    # "=".
+    sentences = re.split(r"\.\s|\n", parts[-1])
+    ending = " ".join(sentence.rpartition("=")[2] for sentence in sentences)
+    numbers = NUMBER.findall(ending.replace("$", ""))
+    if not numbers:
+        return None
+    number = numbers[0] if is_announced else numbers[-1]
+    return number.replace(",", "")
+
+
+# Many samples give the same answer to a problem. Compare it once.
+@lru_cache(maxsize=4096)
+def is_right(given: str | None, answer: str) -> float:
+    r"""1.0 if a formula equals the answer, else 0.0.
+
+    The answer is a formula, or a solution as in datasets, with the formula in its last \boxed{} or behind a "####". If
+    there is no such formula, that is a ValueError.
+
+    A list is compared as a whole, by math_verify. So "3 or 4" equals the answer "3, 4", but not the answer 3:
+    otherwise a model would learn to list guesses.
+
+    >>> [is_right(given, "#### 18") for given in ("18.00", r"\$18", r"\frac{36}{2}", "17, 18", None)]
+    [1.0, 1.0, 1.0, 0.0, 0.0]
+    """
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def clean(formula):
+        # math_verify takes \text{...} for a unit, and so would read "5 \text{ or 6}" as 5. If the text holds a digit,
+        # or "or", "and" or "if", take it out of \text{}, so that math_verify reads it as a part of the formula.
+        formula = re.sub(r"\\(?:text|mbox)\s*\{([^{}]*(?:\d|\b(?:or|and|if)\b)[^{}]*)\}", r" \1 ", formula)
+        # Remove dollar signs around the formula, and a full stop behind it. (The dot in .5 stays.)
+        formula = formula.lstrip(" $").rstrip(" .$")
+        # Words behind a number, as in "6 kilometers", are its unit. Without \text{}, math_verify would read them as a
+        # product of letters. Only words of three letters or more: "or" and a variable are no unit, nor is "and".
+        return re.sub(r"^([\d.,]+)(?:\s+(?!and\b)[a-z]{3,})+$", r"\1", formula)
+
+    boxed = last_boxed(answer)
+    gold = clean(answer.rpartition("####")[2] if boxed is None else boxed)
+    if not gold:
+        raise ValueError(f"the answer {answer!r} is empty, or has nothing in its box or behind its ####")
+    given = clean(given or "")
+    if not given:
+        return 0.0
+    if given == gold:
+        return 1.0
+
+    # A formula such as 9^{9^{9}} would take forever. math_verify's time limit uses a signal, which works in the main
+    # thread only. In a program that grades in other threads, 0 switches the limit off, and such a formula can hang.
+    seconds = 2 if threading.current_thread() is threading.main_thread() else 0
+    options = {
+        "extraction_config": [LatexExtractionConfig()],
+        "extraction_mode": "first_match",
+        "parsing_timeout": seconds,
+    }
+    try:
+        gold_formula = parse(f"\\boxed{{{gold}}}", **options)
+        given_formula = parse(f"\\boxed{{{given}}}", **options)
+        # The option compares sets with equations, too: the answer "0,1" with "x = 0 or x = 1".
+        return float(verify(gold_formula, given_formula, allow_set_relation_comp=True, timeout_seconds=seconds))
+    except Exception:  # noqa: BLE001 - what cannot be read is not right
+        return 0.0
+
+
+# Task → a function of a response and the problem's answer, which returns 1.0 or 0.0. empg.py trains on these rewards.
+SCORES = {
+    "gsm8k": lambda response, answer: is_right(final_answer(response), answer),
+    "math-hard": lambda response, answer: is_right(last_boxed(response), answer),
+}
+
 
 # ------------------------------------------------------------------------------------------
 # The mathematics: pure functions
@@ -152,13 +300,6 @@ def read_results(file: str | Path) -> tuple[dict, list[dict]]:
         raise ValueError(f"{file}: is not a results file of eval.py; name another file ({error!r})") from error
 
 
-def write_results(file: Path, header: dict, rows: list[dict]) -> None:
-    """Writes a file of responses anew. It is whole at any moment, even if the process is killed."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in (header, *rows)))
-    unfinished.replace(file)
-
-
 def check_output(output: str | None) -> None:
     """Raises ValueError if --output cannot be written, before an hour of work."""
     if output is None:
@@ -171,26 +312,30 @@ def check_output(output: str | None) -> None:
         raise ValueError(f"--output {output}: cannot be made ({error.strerror}); name another file") from error
 
 
-def evaluate(options: Options) -> list[dict]:
-    """Samples responses to all problems, and grades them. What --output has already is not sampled again.
-
-    Returns: a row for each response, those of the first problem first.
-    Raises: ValueError if an option cannot work.
-    """
+def prepare(options: Options) -> tuple:
+    """The problems, with prompts, the tokenizer and the model. Raises ValueError if an option cannot work."""
     task = TASKS[options.task]
-    G = options.num_samples
     problems = task.problems(options.data, options.split)[: options.limit]
     tokenizer, model = empg.load_model(options.model, getattr(torch, options.dtype))
     if RANK == 0:
-        empg.check_model(options.model, tokenizer)
+        empg.check_model(options.model)
     empg.add_prompts(problems, task, tokenizer)
     room = empg.room_for_responses(problems, model)
     if options.max_new_tokens is None:
         options.max_new_tokens = int(min(1024, room))
     if room < max(1, options.max_new_tokens):
         raise ValueError(f"--max-new-tokens {options.max_new_tokens}: at most {room} fit after the prompts")
-    model = model.to(options.device)
+    return problems, tokenizer, model.to(options.device)
 
+
+def evaluate(options: Options, problems: list[dict], tokenizer, model) -> list[dict]:
+    """Samples responses to all problems, and grades them. What --output has already is not sampled again.
+
+    Returns: a row for each response, those of the first problem first.
+    Raises: ValueError if --output has results of other options.
+    """
+    task = TASKS[options.task]
+    G = options.num_samples
     # The first line of a results file has the options that say what was computed.
     names = ["model", "task", "data", "split", "limit", "num_samples", "temperature", "max_new_tokens", "seed", "dtype"]
     header: dict[str, Any] = {name: getattr(options, name) for name in names}
@@ -207,23 +352,15 @@ def evaluate(options: Options) -> list[dict]:
             f"--output {file}: has results of {header_of_file}; repeat these options, or name another file"
         )
     if file is not None and RANK == 0:
-        write_results(file, header, rows)
+        empg.write_atomically(file, "".join(json.dumps(row) + "\n" for row in (header, *rows)))
 
     problems_at_a_time = max(1, options.sample_batch * WORLD_SIZE // G)
-    for start in progress(range(len(rows) // G, len(problems), problems_at_a_time), "evaluating"):
+    starts = range(len(rows) // G, len(problems), problems_at_a_time)
+    for start in tqdm(starts, "evaluating", leave=False, delay=2):
         some = problems[start : start + problems_at_a_time]
-        trajectories = empg.sample_trajectories(
-            model,
-            tokenizer,
-            task,
-            some,
-            num_samples=G,
-            max_new_tokens=options.max_new_tokens,
-            sample_batch=options.sample_batch,
-            temperature=options.temperature,
-            # `sample_trajectories` adds the problem's number among these.
-            seed=options.seed * 10**18 + start,
-        )
+        # `sample_trajectories` adds the problem's number among these to the seed.
+        seed = options.seed * 10**18 + start
+        trajectories = empg.sample_trajectories(model, tokenizer, task, some, options, seed)
         new_rows = []
         for i, trajectory in enumerate(trajectories):
             problem = some[i // G]
@@ -233,7 +370,7 @@ def evaluate(options: Options) -> list[dict]:
                 "question": problem["question"],
                 "type": problem.get("type"),
                 "response": text,
-                "answer": empg.last_boxed(text) if options.task == "math-hard" else empg.final_answer(text),
+                "answer": last_boxed(text) if options.task == "math-hard" else final_answer(text),
                 "correct": trajectory["reward"] == 1,
                 "tokens": len(trajectory["response"]),
                 "cut": trajectory["cut"],
@@ -337,7 +474,7 @@ def compare(file_a: str, file_b: str) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------
 
 # Runs that differ in nothing but these options are seeds of one setting.
-SAME_SETTING = {"seed", "output", "device", "save_every", "resume", "wandb", "sample_batch", "shard"}
+SAME_SETTING = {"seed", "output", "device", "save_every", "resume", "sample_batch", "shard"}
 
 PANELS = {"reward": "reward, sampled", "eval_accuracy": "held-out accuracy", "response_tokens": "response tokens"}
 
@@ -409,13 +546,14 @@ def draw_curves(runs: list[str], picture: str) -> dict[str, str]:
 def parse_options(argv) -> Options:
     """The options of a command line, with defaults for what it does not say. Ends with a line if one cannot work."""
     what_it_does = (__doc__ or "").splitlines()[0]
-    parser: Any = HfArgumentParser(Options, description=what_it_does, allow_abbrev=False)  # type: ignore[arg-type]
+    how = {"description": what_it_does, "formatter_class": argparse.HelpFormatter, "allow_abbrev": False}
+    parser: Any = HfArgumentParser(Options, **how)  # type: ignore[arg-type]
     parser.error = fail
     options = Options(**vars(parser.parse_args(argv)))
     if options.device is None:
-        options.device = empg.default_device()
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.dtype is None:
-        options.dtype = empg.default_dtype(options.device)
+        options.dtype = "bfloat16" if options.device == "cuda" else "float32"
     if options.temperature is None:
         options.temperature = 1.0 if options.num_samples > 1 else 0.0
 
@@ -440,12 +578,23 @@ def main(argv: list[str] | None = None) -> None:
         elif options.curves:
             report = draw_curves(options.curves, options.output or "curves.png")
         else:
-            empg.check_device(options.device)
             check_output(options.output)
-            empg.start_processes(options.device)
-            rows = evaluate(options)
+            made_group = empg.start_processes(options.device)
+            errors = []
+            try:
+                prepared = prepare(options)
+            except ValueError as error:
+                errors.append(str(error))
+            # An error may be of one process only, but all have to end, and say why.
+            errors = empg.gather(errors)
+            if errors and made_group:
+                empg.dist.destroy_process_group()
+            if errors:
+                fail(errors[0])
+            rows = evaluate(options, *prepared)
             report = describe(rows, options.num_samples) | paper_scores(options.model, options.task)
-            empg.dist.destroy_process_group()
+            if made_group:
+                empg.dist.destroy_process_group()
     except ValueError as error:
         fail(error)
     for name, text in report.items():
@@ -453,4 +602,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["eval"] = sys.modules["__main__"]  # empg.py imports eval: let it find this copy
     main()

@@ -5,7 +5,7 @@
 
 A Qwen2 of 0.19 million parameters, taught by demonstrations of two habits: in six of ten a guess is blurted out, `#20`,
 usually wrong; in four the sum is worked out, `3+8=11,11+5=16,16+2=18#18`. Supervised learning is the M-step of EM Policy
-Gradient with every weight 1: the same `log_probs`, the same `empg_loss`.
+Gradient with every advantage 1: the same `log_probs`, the same `empg_loss`.
 """
 
 import itertools
@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from empg import TASKS, empg_loss, log_probs, progress
+from empg import TASKS, empg_loss, log_probs
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -52,7 +53,7 @@ def make(directory: Path, iterations: int = 500, batch: int = 64, lr: float = 4e
     model = Qwen2ForCausalLM(config).eval()
     rng, problems, losses = np.random.default_rng(0), TASKS["sums"].problems(None, "train"), []
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
-    for i in progress(range(iterations), "teaching"):
+    for i in tqdm(range(iterations), "teaching", leave=False):
         questions = [problems[j]["question"] for j in rng.integers(len(problems), size=batch)]
         demonstrations = [demonstrate(question, rng) for question in questions]
         responses = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(demonstrations)["input_ids"]]

@@ -21,11 +21,11 @@ leave_one_out = empg.subtract_baseline
 
 
 def baseline(rewards: torch.Tensor, kind: str) -> torch.Tensor:
-    """`empg.subtract_baseline` with other baselines: (P, G) rewards, prompts × samples → (P, G) weights.
+    """`empg.subtract_baseline` with other baselines: (P, G) rewards, prompts × samples → (P, G) advantages.
 
     `loo` subtracts the mean of the prompt's other samples, `group` the mean of all of the prompt's samples, `batch` the mean
     of everything, `none` nothing. A mean that has τ itself in it shrinks the expected gradient: that of the prompt to
-    (G-1)/G of it, that of the batch to (N-1)/N. Weights of equal rewards of a prompt are exactly 0 with `loo` and `group`.
+    (G-1)/G of it, that of the batch to (N-1)/N. Advantages of equal rewards of a prompt are exactly 0 with `loo` and `group`.
 
     >>> baseline(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]), "group")
     tensor([[ 0.6667, -0.3333, -0.3333],

@@ -6,17 +6,18 @@
     python studies/ema_pg.py --beta 0.1 --ema-decay 0.9 [the options of empg.py]     exact, as in empg.py
 
 With --ema-decay below 1 the reference is an exponential moving average of the policy: every --ema-every iterations,
-θ_ref ← decay · θ_ref + (1 - decay) · θ.
+θ_ref ← decay · θ_ref + (1 - decay) · θ. Such a run cannot be resumed, since a checkpoint does not have the reference.
 """
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import empg
@@ -48,7 +49,7 @@ def kl_topk(logits: Tensor, ref_logits: Tensor, tokens: Tensor, k: int) -> Tenso
     """
     log_pi = logits.log_softmax(dim=-1)
     log_ratio = log_pi - ref_logits.log_softmax(dim=-1)
-    likeliest = log_pi.detach().topk(k, dim=-1).indices
+    likeliest = log_pi.detach().topk(min(k, logits.shape[-1]), dim=-1).indices
     exact = (log_pi.gather(-1, likeliest).exp() * log_ratio.gather(-1, likeliest)).sum(dim=-1)
 
     log_pi_x = log_pi.gather(-1, tokens[..., None]).squeeze(-1)
@@ -58,31 +59,26 @@ def kl_topk(logits: Tensor, ref_logits: Tensor, tokens: Tensor, k: int) -> Tenso
     return exact + (rho * log_ratio_x).masked_fill(is_likely, 0)
 
 
-def log_probs(model, prompts, responses, temperature=1.0, reference=None, *, kl: str, k: int):
-    """As `empg.log_probs`, with the KL by `kl_k3` or `kl_topk`."""
-    hidden, tokens, mask = empg.response_states(model, prompts, responses)
-    hidden = hidden / temperature
-    weight = empg.unwrap(model).get_output_embeddings().weight
-    values = empg.token_logprobs(hidden, weight, tokens)
-    place = partial(torch.masked_scatter, torch.zeros(mask.shape, device=values.device), mask)
+def k3(logits: Tensor, ref_logits: Tensor, tokens: Tensor) -> Tensor:
+    """`kl_k3` of logits, to be called as `kl_topk` is."""
+    both = [x.log_softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1) for x in (logits, ref_logits)]
+    return kl_k3(*both)
+
+
+def micro_batch_loss(policy, micro_batch, config, reference=None, *, estimate: Callable):
+    """As `empg.micro_batch_loss`, with an estimate of the KL by the sampled tokens, such as `k3`."""
+    prompts = [trajectory["prompt"] for trajectory in micro_batch]
+    responses = [trajectory["response"] for trajectory in micro_batch]
+    logits, tokens, mask = empg.response_logits(policy, prompts, responses, config.temperature)
+    logprobs = empg.token_logprobs(logits, tokens, mask)
+    advantages = torch.tensor([trajectory["advantage"] for trajectory in micro_batch], device=logprobs.device)
+    loss = empg.empg_loss(logprobs, mask, advantages)
     if reference is None:
-        return place(values), mask
-
+        return loss, math.nan
     with torch.no_grad():
-        ref_hidden, _, _ = empg.response_states(reference, prompts, responses)
-        ref_hidden = ref_hidden / temperature
-    ref_weight = reference.get_output_embeddings().weight
-    if kl == "k3":
-        return place(values), mask, place(kl_k3(values, empg.token_logprobs(ref_hidden, ref_weight, tokens)))
-
-    def chunk_kls(states, ref_states, chunk_tokens):
-        logits = states.float() @ weight.float().T
-        ref_logits = ref_states.float() @ ref_weight.float().T
-        return kl_topk(logits, ref_logits, chunk_tokens, min(k, len(weight)))
-
-    chunks = zip(*(x.split(empg.LOGIT_ROWS // 4) for x in (hidden, ref_hidden, tokens)))
-    kls = torch.cat([checkpoint(chunk_kls, *chunk, use_reentrant=False) for chunk in chunks])
-    return place(values), mask, place(kls)
+        ref_logits, _, _ = empg.response_logits(reference, prompts, responses, config.temperature)
+    kl = estimate(logits, ref_logits, tokens).sum() / len(micro_batch)
+    return loss + config.beta * kl, kl.item()
 
 
 def updates_done(policy, optimizer) -> int:
@@ -104,19 +100,25 @@ def moving_update(update, decay: float, every: int, policy, optimizer, trajector
 def replace(kl: str = "exact", k: int = 32, decay: float = 1.0, every: int = 10) -> None:
     """Puts the pieces in place of empg.py's own."""
     if kl != "exact":
-        empg.log_probs = partial(log_probs, kl=kl, k=k)
+        empg.micro_batch_loss = partial(micro_batch_loss, estimate=k3 if kl == "k3" else partial(kl_topk, k=k))
         empg.METHOD += f" with the KL by {kl}" + (f", k = {k}" if kl == "topk" else "")
     if decay < 1:
         empg.update = partial(moving_update, empg.update, decay, every)
         empg.METHOD += f" with the reference moving by {decay} every {every} iterations"
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--kl", choices=("exact", "topk", "k3"), default="exact")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--ema-decay", type=float, default=1.0)
     parser.add_argument("--ema-every", type=int, default=10)
-    chosen, rest = parser.parse_known_args()
+    chosen, rest = parser.parse_known_args(argv)
+    if chosen.ema_decay < 1 and "--resume" in rest:
+        empg.fail(f"--ema-decay {chosen.ema_decay}: such a run cannot go on, or restart, so leave out --resume")
     replace(chosen.kl, chosen.k, chosen.ema_decay, chosen.ema_every)
     empg.main(rest)
+
+
+if __name__ == "__main__":
+    main()

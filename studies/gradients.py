@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from ablations import baseline
 from ema_pg import kl_k3
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import empg
@@ -33,9 +34,9 @@ def effective_sample_size(log_weights: torch.Tensor) -> float:
     return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp().item() / len(log_weights)
 
 
-def gradient(model, log_p: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The gradient of -mean(weights · log P_θ(τ)), all parameters in one vector."""
-    loss = empg.empg_loss(log_p[:, None], torch.ones_like(log_p)[:, None], weights.flatten().to(log_p))
+def gradient(model, log_p: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """The gradient of -mean(advantages · log P_θ(τ)), all parameters in one vector."""
+    loss = empg.empg_loss(log_p[:, None], torch.ones_like(log_p)[:, None], advantages.flatten().to(log_p))
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
 
 
@@ -58,7 +59,8 @@ def load_sums(model_name: str):
 def sample_batch(tokenizer, model, problems, P: int, G: int, rng, seed: int) -> tuple[list[dict], torch.Tensor]:
     """The trajectories of P random problems, G for each, and their smoothed rewards, (P, G)."""
     chosen = [problems[i] for i in rng.choice(len(problems), P, replace=False)]
-    rows = empg.sample_trajectories(model, tokenizer, empg.TASKS["sums"], chosen, G, 40, P * G, 1.0, seed)
+    config = empg.Config(num_samples=G, max_new_tokens=40, sample_batch=P * G)
+    rows = empg.sample_trajectories(model, tokenizer, empg.TASKS["sums"], chosen, config, seed)
     rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     return rows, empg.smooth_rewards(rewards).view(P, G)
 
@@ -80,15 +82,15 @@ def variances(model, batches) -> dict[str, float]:
 def distances(model, trajectories: list[dict], rewards: torch.Tensor, updates: int) -> list[list[float]]:
     """Learns from one batch again and again. A row after 0, 1, ... updates: KL(θ* ‖ θ) in nats per response, effective sample
     size, and the cosine and the ratio of norms of the gradient without importance weights to the one with them."""
-    weights = empg.subtract_baseline(rewards).flatten()
+    advantages = empg.subtract_baseline(rewards).flatten()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.9, 0.95), weight_decay=0.0)
     old_log_p = log_probabilities(model, trajectories).detach()
     rows = []
     for _ in range(updates + 1):
         log_p = log_probabilities(model, trajectories)
         log_weights = (log_p - old_log_p).detach()
-        without = gradient(model, log_p, weights)
-        weighted = gradient(model, log_p, weights * log_weights.exp())
+        without = gradient(model, log_p, advantages)
+        weighted = gradient(model, log_p, advantages * log_weights.exp())
         row = [
             kl_k3(old_log_p, log_p.detach()).mean().item(),
             effective_sample_size(log_weights),
@@ -120,7 +122,7 @@ def study(model_name: str, seed: int, batches: int, updates: int, P: int = 32, G
 def main(picture: str = "gradients.png", model: str = empg.LAPTOP["model"], seeds=3, batches=20, updates=40) -> None:
     from matplotlib.figure import Figure
 
-    found = [study(model, seed, batches, updates) for seed in empg.progress(range(seeds), "seeds")]
+    found = [study(model, seed, batches, updates) for seed in tqdm(range(seeds), "seeds", leave=False)]
     by_kind = {kind: [variance[kind] for variance, _ in found] for kind in BASELINES}
     for kind, values in by_kind.items():
         deviation = np.std(values, ddof=1) if seeds > 1 else 0.0

@@ -6,6 +6,7 @@
 With --updates K a batch is learned from K times. At the first time θ = θ*: every ratio is 1, and nothing is clipped.
 """
 
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -52,26 +53,26 @@ def grpo_loss(logprobs, old_logprobs, mask, advantages, clip: float = 0.2) -> to
     return -(gains.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
-def micro_batch_loss(policy, batch, config, reference=None, *, policy_loss):
+def micro_batch_loss(policy, micro_batch, config, reference=None, *, policy_loss):
     """As `empg.micro_batch_loss`, with a loss that takes old log-probabilities, too. A KL term stays empg.py's."""
-    prompts = [trajectory["prompt"] for trajectory in batch]
-    responses = [trajectory["response"] for trajectory in batch]
-    scores = empg.log_probs(policy, prompts, responses, config.temperature, reference)
-    logprobs, mask = scores[0], scores[1]
+    prompts = [trajectory["prompt"] for trajectory in micro_batch]
+    responses = [trajectory["response"] for trajectory in micro_batch]
+    logits, tokens, mask = empg.response_logits(policy, prompts, responses, config.temperature)
+    logprobs = empg.token_logprobs(logits, tokens, mask)
 
     # At the first update on a trajectory θ = θ*, so that these are its log-probabilities under θ*. It keeps them for the
     # updates after that.
-    for trajectory, values, is_token in zip(batch, logprobs.detach(), mask):
+    for trajectory, values, is_token in zip(micro_batch, logprobs.detach(), mask):
         trajectory.setdefault("old_logprobs", values[is_token])
-    old_logprobs = pad_sequence([trajectory["old_logprobs"] for trajectory in batch], batch_first=True)
-    advantages = torch.tensor([trajectory["weight"] for trajectory in batch], device=logprobs.device)
+    old_logprobs = pad_sequence([trajectory["old_logprobs"] for trajectory in micro_batch], batch_first=True)
+    advantages = torch.tensor([trajectory["advantage"] for trajectory in micro_batch], device=logprobs.device)
     loss = policy_loss(logprobs, old_logprobs, mask, advantages)
-
-    sums = {"tokens": mask.sum().item(), "logprobs": logprobs.sum().item(), "kl": 0.0}
-    if reference is not None:
-        loss = loss + config.beta * scores[2].sum(dim=1).mean()
-        sums["kl"] = scores[2].sum().item()
-    return loss, sums
+    if reference is None:
+        return loss, math.nan
+    with torch.no_grad():
+        ref_logits, _, _ = empg.response_logits(reference, prompts, responses, config.temperature)
+    kl = empg.kl_divergence(logits, ref_logits).sum() / len(micro_batch)
+    return loss + config.beta * kl, kl.item()
 
 
 def replace() -> None:

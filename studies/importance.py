@@ -27,22 +27,22 @@ import empg
 import eval as scoring
 
 
-def trajectory_loss(logprobs, old_logprobs, mask, weights) -> torch.Tensor:
-    """-(1/N) Σᵢ wᵢ ρᵢ, with ρ = P_θ(τ)/P_θ*(τ). Since ∇ρ = ρ ∇log P_θ(τ), its gradient is that of Eq. 12, each term times ρ.
+def trajectory_loss(logprobs, old_logprobs, mask, advantages) -> torch.Tensor:
+    """-(1/N) Σᵢ Aᵢ ρᵢ, with ρ = P_θ(τ)/P_θ*(τ). Since ∇ρ = ρ ∇log P_θ(τ), its gradient is that of Eq. 12, each term times ρ.
 
-    (N, T) log-probabilities of the response tokens under π_θ, with gradient, and under π_θ*; (N, T) mask; (N,) weights →
+    (N, T) log-probabilities of the response tokens under π_θ, with gradient, and under π_θ*; (N, T) mask; (N,) advantages →
     a scalar.
     """
     log_ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0).sum(dim=1)
-    return -(weights * log_ratio.exp()).mean()
+    return -(advantages * log_ratio.exp()).mean()
 
 
-def clipped_loss(logprobs, old_logprobs, mask, weights, clip: float = 0.2) -> torch.Tensor:
-    """-(1/N) Σᵢ Σₜ min(ρₜ wᵢ, clamp(ρₜ, 1 - clip, 1 + clip) wᵢ), with ρₜ = π_θ/π_θ*: `grpo_loss` with a sum over tokens.
+def clipped_loss(logprobs, old_logprobs, mask, advantages, clip: float = 0.2) -> torch.Tensor:
+    """-(1/N) Σᵢ Σₜ min(ρₜ Aᵢ, clamp(ρₜ, 1 - clip, 1 + clip) Aᵢ), with ρₜ = π_θ/π_θ*: `grpo_loss` with a sum over tokens.
 
     Takes and returns what `trajectory_loss` does.
     """
-    return -grpo.clipped_gains(logprobs, old_logprobs, mask, weights, clip).sum(dim=1).mean()
+    return -grpo.clipped_gains(logprobs, old_logprobs, mask, advantages, clip).sum(dim=1).mean()
 
 
 LOSSES = {"trajectory": trajectory_loss, "clipped": clipped_loss}

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ema_pg import kl_k3, kl_topk
+from ema_pg import k3, kl_topk
 from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import empg
@@ -42,12 +43,6 @@ def kl_topk_detached(logits: Tensor, ref_logits: Tensor, tokens: Tensor, k: int)
     # The value of this is 0, its gradient that of the logarithm.
     lost = log_pi_x - log_pi_x.detach()
     return kl_topk(logits, ref_logits, tokens, k) - lost.masked_fill(is_likely, 0)
-
-
-def k3(logits: Tensor, ref_logits: Tensor, tokens: Tensor) -> Tensor:
-    """`kl_k3` of logits, to be called as the others are."""
-    both = [x.log_softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1) for x in (logits, ref_logits)]
-    return kl_k3(*both)
 
 
 def errors(estimator: Callable, logits: Tensor, ref_logits: Tensor) -> list[float]:
@@ -88,7 +83,7 @@ def main(picture: str = "kl_estimators.png", pairs: int = 200) -> None:
 
     ks = range(VOCABULARY + 1)
     found = {
-        "top-k": [study(partial(kl_topk, k=k), pairs) for k in empg.progress(ks, "top-k")],
+        "top-k": [study(partial(kl_topk, k=k), pairs) for k in tqdm(ks, "top-k", leave=False)],
         "top-k, logarithm detached": [study(partial(kl_topk_detached, k=k), pairs) for k in ks],
         "k3": [study(k3, pairs)] * len(ks),
     }

@@ -39,16 +39,16 @@ class PromptLayer(DynamicLayer):
 
 
 def prompt_cache(model) -> DynamicCache:
+    model = getattr(model, "module", model)  # without DDP
     cache = DynamicCache()
-    cache.layers = [PromptLayer() for _ in range(empg.unwrap(model).config.get_text_config().num_hidden_layers)]
+    cache.layers = [PromptLayer() for _ in range(model.config.get_text_config().num_hidden_layers)]
     return cache
 
 
-def response_states(model, prompts, responses):
-    """The same result as `empg.response_states`, from one pass over the distinct prompts and one over the responses."""
-    device = empg.unwrap(model).device
-    samples = len(responses) // len(prompts)
-    prompts = [tuple(prompt) for prompt in prompts for _ in range(samples)]  # one for each response
+def response_logits(model, prompts, responses, temperature=1.0):
+    """The same result as `empg.response_logits`, from one pass over the distinct prompts and one over the responses."""
+    device = next(model.parameters()).device
+    prompts = [tuple(prompt) for prompt in prompts]  # one for each response
     distinct = list(dict.fromkeys(prompts))
     prompt_of_response = torch.tensor([distinct.index(prompt) for prompt in prompts], device=device)
 
@@ -59,10 +59,9 @@ def response_states(model, prompts, responses):
     mask = torch.tensor([[0] * pads + [1] * (width - pads) for pads in padding], device=device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     read = prompt_cache(model)
-    options = {"output_hidden_states": True, "logits_to_keep": 1}
-    output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=read, **options)
+    output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=read, logits_to_keep=1)
     # The last token of a prompt predicts the first one of each of its responses.
-    first_states = output.hidden_states[-1][prompt_of_response, -1:]  # (N, 1, H)
+    first_logits = output.logits[prompt_of_response]  # (N, 1, V)
 
     # 2) Give every response a copy of its prompt's keys and values.
     copied = prompt_cache(model)
@@ -76,12 +75,12 @@ def response_states(model, prompts, responses):
     column = torch.arange(ids.shape[1], device=device)
     mask = torch.cat([mask[prompt_of_response], torch.ones_like(ids)], dim=1)
     positions = positions[prompt_of_response, -1:] + 1 + column
-    output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=copied, **options)
-    hidden = torch.cat([first_states, output.hidden_states[-1][:, :-1]], dim=1)  # (N, T, H)
+    output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=copied)
+    logits = torch.cat([first_logits, output.logits[:, :-1]], dim=1)  # (N, T, V)
 
     length = torch.tensor([len(response) for response in responses], device=device)[:, None]
     is_token = column < length  # (N, T)
-    return hidden[is_token], ids[is_token], is_token
+    return logits[is_token].float() / temperature, ids[is_token], is_token
 
 
 def micro_batches(trajectories: list[dict], max_tokens: int) -> list[list[dict]]:
@@ -119,14 +118,14 @@ empg_micro_batches = empg.micro_batches
 
 
 def log_probs(*args, **options):
-    """The same result as `empg.log_probs`, to which it gives the states of this file."""
-    with mock.patch.object(empg, "response_states", response_states):
+    """The same result as `empg.log_probs`, to which it gives the logits of this file."""
+    with mock.patch.object(empg, "response_logits", response_logits):
         return empg.log_probs(*args, **options)
 
 
 def replace() -> None:
     """Lets empg.py read each prompt once."""
-    empg.response_states = response_states
+    empg.response_logits = response_logits
     empg.micro_batches = micro_batches
 
 

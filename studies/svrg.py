@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gradients
@@ -74,22 +75,19 @@ def update(policy, optimizer, trajectories, config, reference=None, *, parts: in
 
     # 2) One step for each part. (At the first one θ has not moved, so that its gradient is computed a second time. That
     #    costs little, and spares a special case.)
-    all_statistics = []
     for number, part in enumerate(split):
         direction, statistics = gradient(policy, part, config, reference)
-        all_statistics.append(statistics)
         if control_variate:
             triples = zip(direction, at_old[number], whole)
             direction = [g - g_old + g_whole for g, g_old, g_whole in triples]
         for parameter, g in zip(policy.parameters(), direction):
             parameter.grad = g
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        if not statistics["skipped_updates"]:
+        if math.isfinite(statistics["grad_norm"]):
             optimizer.step()
         optimizer.zero_grad()
 
-    skipped = sum(statistics["skipped_updates"] for statistics in all_statistics)
-    return all_statistics[-1] | {"skipped_updates": skipped}
+    return statistics
 
 
 # ---- What the control variate does to the gradient, measured on the task sums
@@ -100,7 +98,7 @@ def trajectory_gradients(model, trajectories: list[dict]) -> Tensor:
     rows = []
     for trajectory in trajectories:
         log_p = gradients.log_probabilities(model, [trajectory])
-        rows.append(gradients.gradient(model, log_p, torch.tensor([trajectory["weight"]])))
+        rows.append(gradients.gradient(model, log_p, torch.tensor([trajectory["advantage"]])))
     return torch.stack(rows)
 
 
@@ -128,9 +126,9 @@ def study(model_name: str, seed: int, sizes, distances, draws: int, prompts: int
     tokenizer, model, problems = gradients.load_sums(model_name)
     rng = np.random.default_rng(seed)
     trajectories, rewards = gradients.sample_batch(tokenizer, model, problems, prompts, 16, rng, seed * 10**12)
-    weights = empg.subtract_baseline(rewards).flatten()
-    for trajectory, weight in zip(trajectories, weights.tolist()):
-        trajectory["weight"] = weight
+    advantages = empg.subtract_baseline(rewards).flatten()
+    for trajectory, advantage in zip(trajectories, advantages.tolist()):
+        trajectory["advantage"] = advantage
 
     at_old = trajectory_gradients(model, trajectories)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.9, 0.95), weight_decay=0.0)
@@ -153,7 +151,9 @@ def measure(picture: str, model=empg.LAPTOP["model"], seeds=3, draws=100, prompt
     from matplotlib.figure import Figure
 
     distances = (1, 3, 7, 15)
-    studies = [study(model, seed, sizes, distances, draws, prompts) for seed in empg.progress(range(seeds), "seeds")]
+    studies = [
+        study(model, seed, sizes, distances, draws, prompts) for seed in tqdm(range(seeds), "seeds", leave=False)
+    ]
     found = {key: np.mean([each[key] for each in studies], axis=0) for key in studies[0]}
     print("updates since θ*, gradient            | variance / |g_D|² (cosine to g_D) by trajectories in a part")
     print(" " * 38 + "|" + "".join(f"{size:>16}" for size in sizes))

@@ -4,7 +4,7 @@
     python studies/word_problems.py [--output DIR] [--seed N] [--grpo] [the options of empg.py]
 
 Stage 1 demonstrates equations, `2 + 4 = 6`, to 250 problems of ASDiv: supervised learning, which is the M-step with every
-weight 1. Stage 2 is EMPG (--grpo: studies/grpo.py) on 846 others, with nothing but right or wrong. Then both models
+advantage 1. Stage 2 is EMPG (--grpo: studies/grpo.py) on 846 others, with nothing but right or wrong. Then both models
 are scored on 300 problems of ASDiv that no stage saw, and on SVAMP. The same command goes on after a kill, and seeds
 share stage 1.
 """
@@ -19,6 +19,7 @@ import grpo
 import numpy as np
 import prompts_once
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import empg
@@ -37,7 +38,7 @@ PARTS = {
 def asdiv(part: str, data: str) -> list[dict]:
     """The problems of ASDiv that one equation solves and that are in a part, always the same and disjoint."""
     problems = {}
-    for row in empg.dataset_problems("", None, "question", "answer", data, "validation"):
+    for row in empg.dataset_problems([""], "question", "answer", data, "validation"):
         equation = re.fullmatch(r"([\d.+\-*/() ]+)=\s*([\d.]+)", row["formula"])
         if equation and equation[2] == row["answer"].split()[0]:
             left = " ".join(re.findall(r"[\d.]+|\S", equation[1]))
@@ -49,7 +50,7 @@ def asdiv(part: str, data: str) -> list[dict]:
 
 def svamp(data: str, split: str) -> list[dict]:
     """The problems of SVAMP: of one step, with a number that distracts."""
-    rows = empg.dataset_problems("", None, "Question", "Answer", data, split)
+    rows = empg.dataset_problems([""], "Question", "Answer", data, split)
     return [{"question": f"{row['Body']} {row['Question']}", "answer": row["Answer"]} for row in rows]
 
 
@@ -65,15 +66,15 @@ def demonstrate(name: str, data: str, directory: Path, updates: int = 24, batch:
     """Stage 1: question → equation; model and tokenizer are saved in `directory`."""
     problems = asdiv("demonstrations", data)
     tokenizer, model = empg.load_model(name, torch.float32)
-    device = empg.default_device()
-    config = empg.Config(device=device, dtype=empg.default_dtype(device))
+    has_gpu = torch.cuda.is_available()
+    config = empg.Config(device="cuda" if has_gpu else "cpu", dtype="bfloat16" if has_gpu else "float32")
     empg.add_prompts(problems, empg.TASKS["asdiv"], tokenizer)
     for problem in problems:
         problem["response"] = [*tokenizer(problem["equation"])["input_ids"], tokenizer.eos_token_id]
-    optimizer = torch.optim.AdamW(model.to(device).parameters(), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.to(config.device).parameters(), weight_decay=0.0, fused=True)
     rng = np.random.default_rng(0)
-    for i in empg.progress(range(updates), "demonstrating"):
-        rows = [{**problems[j], "weight": 1.0} for j in rng.choice(len(problems), batch, replace=False)]
+    for i in tqdm(range(updates), "demonstrating", leave=False):
+        rows = [{**problems[j], "advantage": 1.0} for j in rng.choice(len(problems), batch, replace=False)]
         optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / 5, 2 * (1 - i / updates))
         empg.update(model, optimizer, rows, config)
     model.save_pretrained(directory)
