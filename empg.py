@@ -547,11 +547,11 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         # The learning rate rises to --lr in five iterations, while Adam's averages form.
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)
 
-        # Line 12. At the first update θ = θ* (up to rounding, if θ* is in bfloat16). So the samples come from the policy
-        # itself: they are *on-policy*, and Eq. 12 needs no correction. At a second update (--updates) θ has moved away,
-        # and they are *off-policy*. Other methods, PPO and GRPO, would correct for that: they multiply the advantage, at
-        # each token, by the ratio of its probability under θ to that under θ*, and limit this ratio. EMPG does not, and
-        # so is right only as long as θ stays near θ*.
+        # Line 12. At the first update θ = θ* (up to rounding, if θ* is in bfloat16). So the samples come from the
+        # policy itself: they are *on-policy*, and Eq. 12 needs no correction. At a second update (--updates) θ has
+        # moved away, and they are *off-policy*. Other methods, PPO and GRPO, would correct for that: they multiply the
+        # advantage, at each token, by the ratio of its probability under θ to that under θ*, and limit this ratio. EMPG
+        # does not, and so is right only as long as θ stays near θ*.
         for _ in range(config.updates):
             statistics = update(policy, optimizer, trajectories, config, reference)
         seconds = time.perf_counter() - start
@@ -720,24 +720,23 @@ def check_model(name: str) -> None:
     _, model = load_model(name, torch.float32)
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8]]  # of unequal length, so that one is padded
     passes = []  # the logits, (rows, V), of each of the sampler's forward passes
+    alone = []  # for each response, the log-probabilities, (length, V), of all tokens, from a pass over its text alone
     try:
-        # At this temperature all tokens are equally probable. (By the likeliest tokens, little could be seen: their
-        # probability may be near 1, whatever is wrong.) A quarter of all tokens end a response: with these seeds, two
-        # of the four responses end early.
+        hook = model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits[:, -1]))
+        # At this temperature all tokens are equally probable. (The likeliest ones would show little: their probability
+        # may be near 1, whatever is wrong.) A quarter of all tokens end a response: with these seeds, two of the four
+        # responses end early, and their rows leave.
         stops = range(model.config.get_text_config().vocab_size // 4)
         how = {"eos_token_id": stops, "pad_token_id": 0, "temperature": 1e6, "seeds": [3, 2]}
-        hook = model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits[:, -1]))
         responses = sample(model, prompts, 2, 5, **how)
         hook.remove()
         passes[0] = passes[0].repeat_interleave(2, dim=0)  # from then on, each response has a row
         logprobs, mask = log_probs(model, prompts, responses)
-
-        # What is expected for each response, (length, V), from a pass over its text alone.
-        alone = []
         for prompt, response in zip([prompts[0], prompts[0], prompts[1], prompts[1]], responses):
             logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             alone.append(logits.log_softmax(dim=-1))
-        # The sampler's pass t has a row for each response with a token t: of four or fewer, `sample` drops one at once.
+
+        # The sampler's pass t has a row for each response with a token t. (Of so few, `sample` drops even one at once.)
         in_passes = [each[t] for t in range(5) for each in alone if t < len(each)]
         of_tokens = [each[range(len(response)), response] for each, response in zip(alone, responses)]
         sampler_error = (torch.cat(passes).log_softmax(dim=-1) - torch.stack(in_passes)).abs().max().item()
@@ -746,9 +745,7 @@ def check_model(name: str) -> None:
         if not (sampler_error < 1e-3 and logprobs_error < 1e-3):
             raise ArithmeticError(f"sampling is {sampler_error:.2g} nats off, log_probs {logprobs_error:.2g}")
     except Exception as error:
-        raise ValueError(
-            f"--model {name}: sampling and training do not work for models of its kind ({error!r})"
-        ) from error
+        raise ValueError(f"--model {name}: models of its kind do not work here ({error!r})") from error
 
 
 # ------------------------------ Processes: data parallel with DDP, or sharded with FSDP ------------------------------

@@ -245,6 +245,7 @@ def test_smoothing_keeps_the_order_for_any_finite_rewards():
         "one right of 5,000": [0.0] * 5000 + [1.0],
         "one wrong of 5,000": [1.0] * 5000 + [0.0],
         "squares overflow": [3e38, -3e38, 1.0],
+        "sums overflow": [3e38, 3e38, 0.0],
         "the smallest float": [1e-45, 0.0, 0.0],
         "integers": [1, 0, 7],
         "nearly equal": [1e30, 1e30 * (1 + 1e-6), 0.0],
@@ -288,16 +289,18 @@ def test_mistake_baseline_with_the_wrong_sign():
             empg.subtract_baseline(torch.ones(shape))
 
 
-def test_equal_rewards_have_advantage_0_to_the_last_bit():
-    """A prompt whose responses are all right or all wrong gets advantages of exactly 0, whatever a sum of 0.6224593 rounds to."""
-    rewards = torch.tensor([[1.0] * 7, [0, 0, 1, 0, 1, 1, 1], [0.0] * 7])
-    smoothed = empg.smooth_rewards(rewards.flatten()).view(3, 7)
-    for advantages in (
-        empg.subtract_baseline(smoothed),
-        ablations.baseline(smoothed, "group"),
-        grpo.grpo_advantages(smoothed),
-    ):
-        assert (advantages[[0, 2]] == 0).all()
+@pytest.mark.parametrize(
+    "weigh",
+    [empg.subtract_baseline, functools.partial(ablations.baseline, kind="group"), grpo.grpo_advantages],
+    ids=["loo", "group", "grpo"],
+)
+def test_equal_rewards_have_advantage_0_to_the_last_bit(weigh):
+    """A prompt whose responses are all right or all wrong gets advantages of exactly 0, whatever its sums are rounded to."""
+    for num_samples in range(2, 33):
+        rewards = torch.full((2, num_samples), 0.6224593)
+        rewards[1, 0] = 0.3775407
+        advantages = weigh(rewards)
+        assert (advantages[0] == 0).all()
         assert (advantages[1] != 0).all()
 
 
