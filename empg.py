@@ -741,8 +741,8 @@ def check_model(name: str) -> None:
         of_tokens = [each[range(len(response)), response] for each, response in zip(alone, responses)]
         sampler_error = (torch.cat(passes).log_softmax(dim=-1) - torch.stack(in_passes)).abs().max().item()
         logprobs_error = (logprobs[mask] - torch.cat(of_tokens)).abs().max().item()
-        # Rounding alone makes 1e-4 nats in a Qwen2.5 of 0.5B. (Not `>`, so that nan is refused, too.)
-        if not (sampler_error < 1e-3 and logprobs_error < 1e-3):
+        # Rounding alone makes 0.004 nats in SmolLM2-135M. (Not `>`, so that nan is refused, too.)
+        if not (sampler_error < 0.02 and logprobs_error < 0.02):
             raise ArithmeticError(f"sampling is {sampler_error:.2g} nats off, log_probs {logprobs_error:.2g}")
     except Exception as error:
         raise ValueError(f"--model {name}: models of its kind do not work here ({error!r})") from error
