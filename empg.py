@@ -19,7 +19,7 @@ This is the whole method, Algorithm 1 of the paper. On the right is the function
     12      move θ, by AdamW, along the mean of A ∇log P_θ(response)  (Eq. 12)      update, empg_loss
     13  end for
 
-A response that is better than the others to its problem becomes more likely, and a worse one less likely.
+A response that is better than the others to its problem is made more likely, and a worse one less likely.
 
 In the words of reinforcement learning (RL), the model is the *policy*, and θ are its parameters. A *trajectory* τ is a
 prompt with a response. P_θ(τ) is the probability that the policy gives this response to this prompt. R(τ) is the
@@ -36,15 +36,16 @@ N = P·G samples estimate it. A may take the place of R, as `subtract_baseline` 
     ∇J(θ) ≈ (1/N) Σᵢ A(τᵢ) ∇log P_θ(τᵢ),  up to a positive factor, if rewards are 0 or 1.       (Eq. 12)
 
 Why E and M? In expectation-maximisation, the E-step uses the old parameters, θ*, to find what is hidden: here, the
-rationales that lead to a right answer, which are found by sampling. The M-step fits θ to what was found. README derives
-the method from that, and says what the baseline changes. By default there is one update on each batch, so that θ = θ*
-when the gradient is taken. Then the method is RLOO (REINFORCE leave-one-out) with smoothed rewards.
+rationales that lead to a right answer. To find them is to sample. The M-step fits θ to them, by maximum likelihood:
+that is Eq. 12 with R in the place of A, so that only right responses count. EMPG adds smoothing and the baseline
+(README says what this changes). By default there is one update on each batch, so that θ = θ* when the gradient is
+taken. Then the method is RLOO (REINFORCE leave-one-out) with smoothed rewards.
 
 Each of these words has one meaning in this file:
 
-    problem        a dict with a question and its answer, as text, and with its prompt
+    problem        a dict with a question and its answer (or a whole solution), as text, and with its prompt
     prompt         the question as the model reads it: a list of token ids (Task.prompt is the text around a question)
-    response       what the model writes after a prompt, a rationale and an answer: a list of token ids; or: a sample
+    response       what the model writes after a prompt, a rationale and an answer: token ids; also called a sample
     trajectory     a prompt with a response: a dict that also has the response's text, its reward and its advantage
     iteration      lines 3 to 12 (options and records call it a step)
     update         one change of θ by the optimizer; line 12 makes one, or as many as --updates says
@@ -89,6 +90,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -108,10 +110,10 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
 
     (N,) finite rewards, with mean μ and standard deviation σ → (N,) float32 from 0 to 1, all 0.5 if they are equal.
 
-    Rewards of 0 and 1, as in the tasks here, become two other numbers, 0.46 to 0.54 apart. So all advantages of a batch
-    are multiplied by this distance, and the gradient keeps its direction. Smoothing is meant for rewards that are
-    scores of any size: it limits how much a single response counts. (The gradient is then no longer that of the mean
-    score.)
+    Rewards of 0 and 1, as in the tasks here, become two other numbers, between 0.46 and 0.55 apart. The baseline
+    cancels what these have in common. So all advantages of the batch are multiplied by their distance, and the gradient
+    keeps its direction. Smoothing is meant for rewards that are scores of any size: it limits how much one response
+    counts.
 
     >>> smooth_rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([0.8497, 0.3595, 0.3595, 0.3595])
@@ -121,7 +123,7 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
     if rewards.max() == rewards.min():
         # No response was better than another, and σ is 0.
         return torch.full_like(rewards, 0.5, dtype=torch.float32)
-    rewards = rewards.double()  # in which even the squares of the largest float32 numbers are finite
+    rewards = rewards.double()  # so that no sum overflows
     standard_scores = (rewards - rewards.mean()) / rewards.std(correction=0)
     return torch.sigmoid(standard_scores).float()
 
@@ -174,7 +176,7 @@ def empg_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
     >>> empg_loss(logprobs, mask, torch.tensor([1.0, -1.0]))
     tensor(-0.2500)
     """
-    # Padding may hold anything, even nan, so replace it: nan times 0 would still be nan.
+    # Whatever stands on padding does not count, not even nan. (nan times 0 would still be nan.)
     trajectory_logprobs = logprobs.masked_fill(mask == 0, 0).sum(dim=1)  # (N,)
     return -(advantages * trajectory_logprobs).mean()
 
@@ -198,7 +200,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     thresholds = uniforms[:, None] * cumulative[:, -1:]  # (rows, 1)
     tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
     # If the logits are nan, nothing exceeds a threshold, and a GPU would abort at an index past the end. So take the
-    # last token. (`update` does not follow a gradient that is nan.)
+    # last token then. (It does no harm: `update` refuses a gradient that is nan.)
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
@@ -289,7 +291,7 @@ def response_logits(model, prompts, responses, temperature=1.0):
     Takes: N prompts, none of them empty, and N responses, one for each, all of them lists of token ids.
     Returns: for the n tokens of all responses, one response after the other (here n = 8, from a to h):
         logits, (n, V), in float32, divided by the temperature, as when sampling; tokens, (n,), the tokens themselves;
-        mask, (N, T), row by row true for each of the n tokens, where T is the length of the longest response.
+        mask, (N, T), as in the picture, where T is the length of the longest response.
     """
     # Causal attention never looks to the right. So padding on the right changes nothing, and the model needs neither a
     # mask nor positions. Without a mask, attention can use the fastest kernel of a GPU.
@@ -298,20 +300,19 @@ def response_logits(model, prompts, responses, temperature=1.0):
     ids = pad_sequence(rows, batch_first=True).to(device)  # (N, columns)
 
     # Logits have an entry for each token of the vocabulary, of which Qwen2.5 has 150,000. They are the largest tensor.
-    # The first ones that are needed are in the column before the first response token. (In the example, a is in column
-    # 2, so they are in column 1.) Keep the columns from there on, and compute no logits for those before.
+    # None are needed before the column that predicts the first response token. So compute only the last columns, from
+    # there on. (In the example, a is in column 2. Column 1 predicts it, so 6 of the 7 columns are kept.)
     first_response = min(len(prompt) for prompt in prompts)
     num_kept = ids.shape[1] - (first_response - 1)
-    logits = model(ids, use_cache=False, logits_to_keep=num_kept).logits  # (N, num_kept, V), the last columns
+    logits = model(ids, use_cache=False, logits_to_keep=num_kept).logits  # (N, num_kept, V)
 
-    # Of these, take those with a response token in the next column. The columns that are kept begin at
-    # first_response - 1. So their next columns begin at first_response, and the last one has none: pad by one False.
+    # Mark the response tokens, shift the marks by one column to the left, and take the logits that are marked then.
     start = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]  # (N, 1)
     length = torch.tensor([len(response) for response in responses], device=device)[:, None]  # (N, 1)
     column = torch.arange(ids.shape[1], device=device)
     is_response = (column >= start) & (column < start + length)  # (N, columns)
-    predicts_response = F.pad(is_response[:, first_response:], (0, 1), value=False)  # (N, num_kept)
-    logits = logits[predicts_response].float()  # (n, V)
+    predicts_response = F.pad(is_response[:, 1:], (0, 1), value=False)  # (N, columns)
+    logits = logits[predicts_response[:, -num_kept:]].float()  # (n, V)
     if temperature != 1:  # to divide by 1 would be one more copy
         logits = logits / temperature
     mask = torch.arange(int(length.max()), device=device) < length  # (N, T)
@@ -374,7 +375,7 @@ def sample_trajectories(model, tokenizer, task, problems, config, seed=0):
         for problem, response, text in zip(problem_of_response, responses, texts):
             cut = response[-1] not in stops
             if cut:
-                text += CUT_MARK  # this tells the reward that the response has no end
+                text += CUT_MARK  # so that 1 is not taken for the answer where 18 was cut short
             reward = task.reward(text, problem["answer"])
             prompt = problem["prompt"]
             trajectories.append({"prompt": prompt, "response": response, "text": text, "reward": reward, "cut": cut})
@@ -386,13 +387,11 @@ def micro_batches(trajectories: list[dict], max_tokens: int) -> list[list[dict]]
     """Splits trajectories into micro-batches, so that the memory of a forward and backward pass is bounded.
 
     Each has at most `max_tokens` tokens, counting the padding to its longest trajectory, unless a single one is longer.
-    Trajectories of similar length go together, which keeps the padding small. In the example, a prompt has 1 token:
+    Trajectories of similar length go together, which keeps the padding small. Below, [4, 3] takes 2 · (1 + 4) tokens:
 
     >>> trajectories = [{"prompt": [0], "response": [0] * length} for length in (4, 2, 8, 3)]
     >>> [[len(each["response"]) for each in micro_batch] for micro_batch in micro_batches(trajectories, max_tokens=10)]
     [[8], [4, 3], [2]]
-
-    The second micro-batch takes 2 · (1 + 4) = 10 tokens.
     """
 
     def length(trajectory):
@@ -479,8 +478,9 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
         loss_sum += my_shares[i] * loss.item()
         kl_sum += my_shares[i] * kl
 
-    # 4) Change θ. But a gradient that is not finite would destroy the model. And without any micro-batch, Adam would
-    #    still move θ, along its average of past gradients.
+    # 4) Scale the gradient down if it is large, and change θ. But a gradient that is not finite would destroy the
+    #    model. And without any micro-batch, Adam would still move θ, along its average of past gradients. So leave θ
+    #    as it is in both cases.
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
     if not norm.isfinite():
         say(f"      the gradient's norm is {norm.item()}, so θ stays as it is")
@@ -498,7 +498,10 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
 
 def evaluate(model, tokenizer, task, problems, config) -> float:
     """The mean reward, with the likeliest token taken each time: the share of right answers, if rewards are 0 or 1."""
-    greedy = replace(config, num_samples=1, temperature=0.0)
+    # Sample no more responses at a time than training does, so that the sampler's cache is no larger.
+    in_training = math.ceil(config.prompts_per_step / WORLD_SIZE) * config.num_samples
+    sample_batch = min(config.sample_batch, in_training)
+    greedy = replace(config, num_samples=1, temperature=0.0, sample_batch=sample_batch)
     trajectories = sample_trajectories(model, tokenizer, task, problems, greedy)
     return float(np.mean([trajectory["reward"] for trajectory in trajectories]))
 
@@ -506,18 +509,18 @@ def evaluate(model, tokenizer, task, problems, config) -> float:
 def train(config, policy, old_policy, reference, tokenizer, problems, held_out, output) -> None:
     """Algorithm 1. Each iteration and each evaluation adds a row to OUTPUT/metrics.jsonl.
 
-    Why is there a second model? θ does not change while we sample, so we could sample from θ itself. But θ* is faster:
-    it is whole in every process, whereas θ may be split over the GPUs, and on a GPU it is in bfloat16 by default,
-    whereas θ has to be float32, since bfloat16 would round updates of 1e-6 away.
+    Why is there a second model? θ does not change while we sample, so we could sample from θ itself. But θ* is faster.
+    It is whole in every process, whereas θ may be split over the GPUs. And on a GPU, it is in bfloat16 by default. θ
+    has to be in float32, since bfloat16 would round updates of 1e-6 away.
 
-    Takes: policy, θ; old_policy, θ*, which on return is the trained θ, in its own precision; reference, the frozen base
+    Takes: policy, θ; old_policy, θ*, at first the base model, and on return the trained θ; reference, the frozen base
         model, or None; problems to train on, and held_out ones to evaluate on, all with prompts.
     """
     task = TASKS[config.task]
     # AdamW as is usual for language models, but without weight decay, which would pull θ towards 0.
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    # Line 1: θ is the base model, or, with --resume, what the run's checkpoint has made of it.
+    # Line 1: θ is the base model, or, with --resume, what the run's checkpoint holds.
     last_step, metrics = load_checkpoint(output, policy, optimizer, config)
     if last_step == 0 and config.eval_every:
         accuracy = evaluate(old_policy, tokenizer, task, held_out, config)
@@ -599,11 +602,11 @@ def sums_problems(data: str | None, split: str) -> list[dict]:
 
 def dataset_problems(source, question, answer, data, split) -> list[dict]:
     """The rows of a dataset of the hub, or of --data. A row keeps its columns, and has "question" and "answer", too."""
-    import datasets
-
     source = source if data is None else [data]
     where = source[0] if data is None else f"--data {data}"
     try:
+        import datasets
+
         rows = datasets.load_dataset(*source, split=split)
         problems = [{**row, "question": row[question], "answer": str(row[answer])} for row in rows]
         if not problems:
@@ -615,7 +618,7 @@ def dataset_problems(source, question, answer, data, split) -> list[dict]:
 
 
 def score(task: str, text: str, answer: str) -> float:
-    """1.0 if eval.py, which knows how answers are found and compared, says that this one is right, else 0.0."""
+    """1.0 if the final answer of a text is right, else 0.0. eval.py knows how it is found and compared."""
     try:
         import eval as scoring  # here, and not above, because eval.py imports this file
     except ImportError as error:
@@ -643,7 +646,7 @@ def load_problems(config) -> tuple[list[dict], list[dict]]:
     except ValueError:
         if config.eval_every:
             raise
-        say("There is no test split, so none of its questions can be left out of the training problems.")
+        say("The test split cannot be read, so its questions are not removed from the training problems.")
         tests = []
 
     # A question of the test split may also be in the training split, with other spaces and capitals. Never train on it.
@@ -705,8 +708,8 @@ def room_for_responses(problems, model) -> float:
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # Such a model encodes the positions of a text in one way as long as it is shorter than this, and in another way
-        # when it is longer. A response that grows across this length would have keys of both kinds in its cache.
+        # Such a model encodes positions in one way in a text of up to its original maximum, and in another way in a
+        # longer one. A response that grows across this length would have keys of both kinds in its cache.
         limit = rope["original_max_position_embeddings"]
     return limit - max(len(problem["prompt"]) for problem in problems)
 
@@ -723,9 +726,9 @@ def check_model(name: str) -> None:
     alone = []  # for each response, the log-probabilities, (length, V), of all tokens, from a pass over its text alone
     try:
         hook = model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits[:, -1]))
-        # At this temperature all tokens are equally probable. (The likeliest ones would show little: their probability
-        # may be near 1, whatever is wrong.) A quarter of all tokens end a response: with these seeds, two of the four
-        # responses end early, and their rows leave.
+        # At this temperature all tokens are equally probable. (At 1, a model that is sure of its tokens gives them a
+        # probability of 1, whatever is wrong, and comparing it would show nothing.) A quarter of all tokens end a
+        # response. With these seeds, two of the four responses end early, and their rows leave.
         stops = range(model.config.get_text_config().vocab_size // 4)
         how = {"eos_token_id": stops, "pad_token_id": 0, "temperature": 1e6, "seeds": [3, 2]}
         responses = sample(model, prompts, 2, 5, **how)
@@ -736,7 +739,8 @@ def check_model(name: str) -> None:
             logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             alone.append(logits.log_softmax(dim=-1))
 
-        # The sampler's pass t has a row for each response with a token t. (Of so few, `sample` drops even one at once.)
+        # The sampler's pass t has a row for each response with a token t, in order: `sample` drops rows as soon as
+        # fewer than 0.8 of them go on, and of four that is at once.
         in_passes = [each[t] for t in range(5) for each in alone if t < len(each)]
         of_tokens = [each[range(len(response)), response] for each, response in zip(alone, responses)]
         sampler_error = (torch.cat(passes).log_softmax(dim=-1) - torch.stack(in_passes)).abs().max().item()
@@ -763,6 +767,7 @@ def start_processes(device) -> bool:
 
     Returns: False if there already is a group. Then a program that calls `main` has made it, and has to end it, too.
     """
+    # A CPU is enough for any number of processes, an Apple GPU for one.
     found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": WORLD_SIZE}
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if found[device] < num_processes:
@@ -798,7 +803,7 @@ def gather(values: list) -> list:
 
 
 def distribute(model, config):
-    """Places a model on this process's device, in float32, with DDP or FSDP around it. (A frozen one needs no DDP.)"""
+    """Places a model on this process's device, in float32, with FSDP (--shard), or with DDP if it is one of several."""
     # `_no_split_modules` lists the class names of the model's layers.
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if not layers and (config.gradient_checkpointing or config.shard):
@@ -806,7 +811,7 @@ def distribute(model, config):
     if config.gradient_checkpointing:
         # transformers has a switch for this, too, but it works in training mode only, in which dropout is on.
         for layer in layers:
-            layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if config.shard:
         mesh = dist.init_device_mesh(config.device, (WORLD_SIZE,))
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
@@ -816,7 +821,7 @@ def distribute(model, config):
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     model = model.to(config.device).float()  # with FSDP, each process converts only its own pieces
-    is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    is_frozen = not any(parameter.requires_grad for parameter in model.parameters())  # so there are no gradients
     if config.shard or is_frozen or WORLD_SIZE == 1:
         return model
     # DDP sends gradients from buffers. Let the gradients live there, so that they are not held twice.
@@ -870,7 +875,7 @@ def checkpoint_state(policy, optimizer) -> dict:
     model = policy.module if isinstance(policy, DistributedDataParallel) else policy
     for parameter in model.parameters():
         if not optimizer.state[parameter]:
-            # AdamW makes its averages at its first step. Before that, make them here, as AdamW would: zeros.
+            # AdamW makes its averages, of zeros, at its first update. To be read into, they have to be there before.
             averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] |= {"step": torch.zeros((), device=parameter.device), **averages}
     return {"policy": dict(model.named_parameters()), "adam": optimizer.state_dict()["state"]}
@@ -920,7 +925,9 @@ class Config:
     # What to train, on what
     model: str | None = option(None, "A model of the Hugging Face hub, or a directory. Default: what fits the machine.")
     task: str | None = option(None, "sums, gsm8k or math-hard. Default: gsm8k with --model, or what fits the machine.")
-    data: str | None = option(None, "Other data: a dataset of the hub, or a directory with train.jsonl and test.jsonl.")
+    data: str | None = option(
+        None, "Name or directory (train.jsonl, test.jsonl) of a dataset. Default: the task's own."
+    )
     output: str | None = option(None, "Directory for results, the same on all machines. Default: a new one in runs/.")
 
     # The method
@@ -959,7 +966,7 @@ METHOD = "EMPG"
 
 
 def parse_options(argv) -> Config:
-    """The options of a command line, with defaults for what it does not say. Ends with a line if one cannot work."""
+    """The options of a command line, with defaults for what it does not say. Ends with a message if one cannot work."""
     what_it_does = f"{__doc__.splitlines()[0]} The defaults are those for a pretrained model."
     how = {"description": what_it_does, "formatter_class": argparse.HelpFormatter, "allow_abbrev": False}
     parser: Any = HfArgumentParser(Config, **how)  # type: ignore[arg-type]
@@ -980,11 +987,12 @@ def parse_options(argv) -> Config:
     config = Config(**vars(parser.parse_args(argv)))
 
     for name, value in asdict(config).items():
-        may_be_zero = isinstance(value, bool) or name in ("beta", "eval_every", "save_every", "seed")
-        if isinstance(value, (int, float)) and not (0 < value < math.inf or (value == 0 and may_be_zero)):
-            fail(
-                f"--{name.replace('_', '-')} {value}: must be finite, and {'0 or more' if may_be_zero else 'positive'}"
-            )
+        flag = f"--{name.replace('_', '-')} {value}"
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not 0 <= value < math.inf:
+            fail(f"{flag}: must be finite, and not negative")
+        if is_number and value == 0 and name not in ("beta", "eval_every", "save_every", "seed"):
+            fail(f"{flag}: must be above 0")
     if config.task not in TASKS:
         fail(f"--task {config.task}: choose {', '.join(TASKS)}")
     if config.num_samples == 1:

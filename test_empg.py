@@ -1,5 +1,5 @@
 """The second half of the lesson: each test states the claim that it proves, on policies small enough to enumerate, on
-tiny real models, and on whole runs of the commands. `pytest -q` takes about six minutes on two cores and needs no network.
+tiny real models, and on whole runs of the commands. `pytest -q` takes two to three minutes on two cores and needs no network.
 
 A name `test_mistake_X` is that of a mistake that is common in this field: a program that makes it fails this test.
 """
@@ -1383,15 +1383,19 @@ def test_a_run_weighs_by_smoothed_rewards_less_the_baseline(tiny, tmp_path, odd_
 
 
 def test_a_run_has_one_temperature_and_evaluates_greedily(tiny, tmp_path, odd_is_right, monkeypatch):
-    """It samples and learns at --temperature, and evaluates at 0, one response to each problem."""
+    """It samples and learns at --temperature, and evaluates at 0, one response to each problem and no more at a time than in
+    training."""
     sampled = []
     learned_at = set()
     spy(monkeypatch, "sample_trajectories", lambda args, *_: sampled.append((args[4].temperature, args[4].num_samples)))
-    monkeypatch.setattr(empg, "check_model", lambda name: None)  # which calls `response_logits`, too
+    at_a_time = []
+    spy(monkeypatch, "sample", lambda args, keywords, result: at_a_time.append(len(result)))
+    monkeypatch.setattr(empg, "check_model", lambda name: None)  # which calls `sample` and `response_logits`, too
     spy(monkeypatch, "response_logits", lambda args, *_: learned_at.add(args[3]))
-    empg.main(options(tiny, tmp_path, temperature=0.7))
+    empg.main(options(tiny, tmp_path, temperature=0.7, eval_problems=40))
     assert sampled == [(0, 1), (0.7, 4), (0, 1), (0.7, 4), (0, 1)]
     assert learned_at == {0.7}
+    assert at_a_time == [16, 16, 8, 16] * 2 + [16, 16, 8]
 
 
 def test_mistakes_old_policy_not_refreshed_or_refreshed_too_often(tiny, tmp_path, odd_is_right, monkeypatch):
@@ -1796,11 +1800,11 @@ def refuses(capfd, main, argv, *words) -> None:
 BAD = """
 no-such-option=1 :: --no-such-option
 steps=many :: --steps many
-steps=0 :: --steps 0: must be finite, and positive
+steps=0 :: --steps 0: must be above 0
 num-samples=1 :: --num-samples 1: must be at least 2
 max-new-tokens=60 :: --max-new-tokens 60: at most 56 fit
 temperature=nan :: --temperature nan: must be
-seed=-1 :: --seed -1: must be finite, and 0 or more
+seed=-1 :: --seed -1: must be finite, and not negative
 task=chess :: --task chess: choose sums, gsm8k, math-hard
 dtype=float16 :: --dtype float16 bfloat16
 model=someone/no-such-model :: --model someone/no-such-model hub
