@@ -36,10 +36,10 @@ N = P·G samples estimate it. A may take the place of R, as `subtract_baseline` 
     ∇J(θ) ≈ (1/N) Σᵢ A(τᵢ) ∇log P_θ(τᵢ),  up to a positive factor, if rewards are 0 or 1.       (Eq. 12)
 
 Why E and M? In expectation-maximisation, the E-step uses the old parameters, θ*, to find what is hidden: here, the
-rationales that lead to a right answer. To find them is to sample. The M-step fits θ to them, by maximum likelihood:
-that is Eq. 12 with R in the place of A, so that only right responses count. EMPG adds smoothing and the baseline
-(README says what this changes). By default there is one update on each batch, so that θ = θ* when the gradient is
-taken. Then the method is RLOO (REINFORCE leave-one-out) with smoothed rewards.
+rationales that lead to a right answer. To find them is to sample, and to keep what the reward calls right. The M-step
+moves θ to make them likely: that is Eq. 12 with R in the place of A. EMPG adds smoothing and the baseline, by which
+wrong responses count, too. By default there is one update on each batch, so that θ = θ* when the gradient is taken.
+Then the method is RLOO (REINFORCE leave-one-out) with smoothed rewards.
 
 Each of these words has one meaning in this file:
 
@@ -111,9 +111,9 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
     (N,) finite rewards, with mean μ and standard deviation σ → (N,) float32 from 0 to 1, all 0.5 if they are equal.
 
     Rewards of 0 and 1, as in the tasks here, become two other numbers, between 0.46 and 0.55 apart. The baseline
-    cancels what these have in common. So all advantages of the batch are multiplied by their distance, and the gradient
-    keeps its direction. Smoothing is meant for rewards that are scores of any size: it limits how much one response
-    counts.
+    cancels the lower one. So each advantage is what it would be without smoothing, times the distance of the two, and
+    the gradient keeps its direction. (With --beta, that shifts the balance with the KL.) Smoothing is meant for rewards
+    that are scores of any size: it limits how much one response counts.
 
     >>> smooth_rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([0.8497, 0.3595, 0.3595, 0.3595])
@@ -200,7 +200,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     thresholds = uniforms[:, None] * cumulative[:, -1:]  # (rows, 1)
     tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
     # If the logits are nan, nothing exceeds a threshold, and a GPU would abort at an index past the end. So take the
-    # last token then. (It does no harm: `update` refuses a gradient that is nan.)
+    # last token then. (If θ is broken, `update` says so.)
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
@@ -306,17 +306,20 @@ def response_logits(model, prompts, responses, temperature=1.0):
     num_kept = ids.shape[1] - (first_response - 1)
     logits = model(ids, use_cache=False, logits_to_keep=num_kept).logits  # (N, num_kept, V)
 
-    # Mark the response tokens, shift the marks by one column to the left, and take the logits that are marked then.
-    start = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]  # (N, 1)
-    length = torch.tensor([len(response) for response in responses], device=device)[:, None]  # (N, 1)
-    column = torch.arange(ids.shape[1], device=device)
-    is_response = (column >= start) & (column < start + length)  # (N, columns)
-    predicts_response = F.pad(is_response[:, 1:], (0, 1), value=False)  # (N, columns)
-    logits = logits[predicts_response[:, -num_kept:]].float()  # (n, V)
+    # Token t of a response, counted from 0, is predicted in column len(prompt) + t - 1. Take the logits there, row
+    # after row. (A mask would do, too. But `index_select` is faster, and the logits are large.)
+    places = []  # in all kept columns, row after row
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        begin = i * num_kept + len(prompt) - first_response
+        places += range(begin, begin + len(response))
+    logits = logits.flatten(0, 1).index_select(0, torch.tensor(places, device=device)).float()  # (n, V)
     if temperature != 1:  # to divide by 1 would be one more copy
         logits = logits / temperature
-    mask = torch.arange(int(length.max()), device=device) < length  # (N, T)
-    return logits, ids[is_response], mask
+
+    tokens = torch.tensor([token for response in responses for token in response], device=device)  # (n,)
+    length = torch.tensor([len(response) for response in responses], device=device)  # (N,)
+    mask = torch.arange(int(length.max()), device=device) < length[:, None]  # (N, T)
+    return logits, tokens, mask
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -458,7 +461,7 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     parts = micro_batches(kept, config.micro_batch_tokens)
     shares = [len(part) / len(trajectories) for part in parts]
     while len(parts) % WORLD_SIZE != 0:
-        parts.append(parts[0])
+        parts.append(parts[-1])
         shares.append(0.0)
     my_parts = parts[RANK::WORLD_SIZE]
     my_shares = shares[RANK::WORLD_SIZE]
@@ -498,9 +501,9 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
 
 def evaluate(model, tokenizer, task, problems, config) -> float:
     """The mean reward, with the likeliest token taken each time: the share of right answers, if rewards are 0 or 1."""
-    # Sample no more responses at a time than training does, so that the sampler's cache is no larger.
-    in_training = math.ceil(config.prompts_per_step / WORLD_SIZE) * config.num_samples
-    sample_batch = min(config.sample_batch, in_training)
+    # Sample no more responses at a time than in training, so that the sampler's cache is no larger.
+    responses_of_process = math.ceil(config.prompts_per_step / WORLD_SIZE) * config.num_samples  # in an iteration
+    sample_batch = min(config.sample_batch, responses_of_process)
     greedy = replace(config, num_samples=1, temperature=0.0, sample_batch=sample_batch)
     trajectories = sample_trajectories(model, tokenizer, task, problems, greedy)
     return float(np.mean([trajectory["reward"] for trajectory in trajectories]))
@@ -509,9 +512,9 @@ def evaluate(model, tokenizer, task, problems, config) -> float:
 def train(config, policy, old_policy, reference, tokenizer, problems, held_out, output) -> None:
     """Algorithm 1. Each iteration and each evaluation adds a row to OUTPUT/metrics.jsonl.
 
-    Why is there a second model? θ does not change while we sample, so we could sample from θ itself. But θ* is faster.
-    It is whole in every process, whereas θ may be split over the GPUs. And on a GPU, it is in bfloat16 by default. θ
-    has to be in float32, since bfloat16 would round updates of 1e-6 away.
+    Why is there a second model? θ does not change while we sample, so we could sample from θ itself. But to sample from
+    θ* is faster. It is whole in every process, whereas θ may be split over the GPUs. And on a GPU, it is in bfloat16 by
+    default. θ has to be in float32, since bfloat16 would round updates of 1e-6 away.
 
     Takes: policy, θ; old_policy, θ*, at first the base model, and on return the trained θ; reference, the frozen base
         model, or None; problems to train on, and held_out ones to evaluate on, all with prompts.
@@ -600,7 +603,7 @@ def sums_problems(data: str | None, split: str) -> list[dict]:
     return [{"question": "+".join(digits) + "=", "answer": str(sum(map(int, digits)))} for digits in all_digits]
 
 
-def dataset_problems(source, question, answer, data, split) -> list[dict]:
+def dataset_problems(source, question_column, answer_column, data, split) -> list[dict]:
     """The rows of a dataset of the hub, or of --data. A row keeps its columns, and has "question" and "answer", too."""
     source = source if data is None else [data]
     where = source[0] if data is None else f"--data {data}"
@@ -608,11 +611,11 @@ def dataset_problems(source, question, answer, data, split) -> list[dict]:
         import datasets
 
         rows = datasets.load_dataset(*source, split=split)
-        problems = [{**row, "question": row[question], "answer": str(row[answer])} for row in rows]
+        problems = [{**row, "question": row[question_column], "answer": str(row[answer_column])} for row in rows]
         if not problems:
             raise ValueError("there are none")
     except Exception as error:
-        needs = f"needs, on the hub or in {split}.jsonl, rows with {question!r} and {answer!r}"
+        needs = f"needs, on the hub or in {split}.jsonl, rows with {question_column!r} and {answer_column!r}"
         raise ValueError(f"{where}: {needs} ({error!r})") from error
     return problems
 
@@ -739,8 +742,8 @@ def check_model(name: str) -> None:
             logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             alone.append(logits.log_softmax(dim=-1))
 
-        # The sampler's pass t has a row for each response with a token t, in order: `sample` drops rows as soon as
-        # fewer than 0.8 of them go on, and of four that is at once.
+        # The sampler's pass t predicts token t. Of four rows or fewer, one that ends is more than a fifth, so it is
+        # dropped at once. So pass t has a row for each response with a token t, in order.
         in_passes = [each[t] for t in range(5) for each in alone if t < len(each)]
         of_tokens = [each[range(len(response)), response] for each, response in zip(alone, responses)]
         sampler_error = (torch.cat(passes).log_softmax(dim=-1) - torch.stack(in_passes)).abs().max().item()
@@ -779,9 +782,9 @@ def start_processes(device) -> bool:
         torch.backends.cuda.enable_cudnn_sdp(False)
     if dist.is_initialized():
         return False
-    # Processes find each other's addresses in a store, a dictionary that all of them read and write. Let its keys begin
-    # with the number of the restart (--max-restarts), because torchrun's store outlives a restart. So the new processes
-    # do not find the addresses of those that died, for which they would wait.
+    # Processes find each other's addresses in a store, a dictionary that all of them read and write. torchrun's store
+    # outlives a restart (--max-restarts). New processes would find the addresses of those that died, and wait for them.
+    # So let the keys begin with the number of the restart.
     timeout = timedelta(hours=1)  # in case one of the processes is slow to download the model
     store: dist.Store = dist.HashStore()  # for one process alone
     if WORLD_SIZE > 1:
@@ -954,7 +957,9 @@ class Config:
     gradient_checkpointing: bool = option(False, "Compute each layer again in the backward pass: slower, less memory.")
     shard: bool = option(False, "Split the policy over the GPUs with FSDP, if it does not fit on one, in place of DDP.")
     device: Literal["cuda", "mps", "cpu"] | None = option(None, "Default: cuda if there is a GPU, else cpu.")
-    dtype: Literal["bfloat16", "float32"] | None = option(None, "Precision. Default: bfloat16 on cuda, else float32.")
+    dtype: Literal["bfloat16", "float32"] | None = option(
+        None, "Precision of all passes; θ is in float32. Default: bfloat16 on cuda, else float32."
+    )
 
 
 # What `python empg.py` does without a large GPU, or with --task sums: the tiny model in base/ learns the built-in task.
@@ -975,9 +980,9 @@ def parse_options(argv) -> Config:
     asked = parser.parse_args(argv)
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     recipe = {"task": "gsm8k", "device": device, "dtype": "bfloat16" if device == "cuda" else "float32"}
-    # A GPU that is sold with 24 GB has 22 or more.
     has_gpu = device == "cuda" and torch.cuda.is_available()
     gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 if has_gpu else 0
+    # A GPU that is sold with 24 GB has 22 or more.
     if asked.model is None and (asked.task == "sums" or (asked.task is None and gigabytes < 22)):
         recipe |= LAPTOP
     elif asked.model is None:

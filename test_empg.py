@@ -830,10 +830,14 @@ def wrong_rows_dropped(monkeypatch):
 
 
 def labels_shifted(monkeypatch):
-    """log_probs takes each token's own logits, and not those before it."""
-    original = empg.F.pad
-    shifted = lambda mask, pad, **options: original(mask, (1, 0) if mask.dtype == torch.bool else pad, **options)
-    monkeypatch.setattr(empg.F, "pad", shifted)
+    """log_probs takes the logits of the tokens before."""
+    original = empg.response_logits
+
+    def shifted(*args, **options):
+        logits, tokens, mask = original(*args, **options)
+        return logits.roll(1, dims=0), tokens, mask
+
+    monkeypatch.setattr(empg, "response_logits", shifted)
 
 
 @pytest.mark.parametrize(
