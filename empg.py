@@ -110,10 +110,10 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
 
     (N,) finite rewards, with mean μ and standard deviation σ → (N,) float32 from 0 to 1, all 0.5 if they are equal.
 
-    Rewards of 0 and 1, as in the tasks here, become two other numbers, between 0.46 and 0.55 apart. The baseline
-    cancels the lower one. So each advantage is what it would be without smoothing, times the distance of the two, and
-    the gradient keeps its direction. (With --beta, that shifts the balance with the KL.) Smoothing is meant for rewards
-    that are scores of any size: it limits how much one response counts.
+    Rewards of 0 and 1, as in the tasks here, become R̃ = low + distance · R, with a distance between 0.46 and 0.55. The
+    low number is in both R̃ and b, so the advantage A = R̃ - b is what it would be without smoothing, times the distance,
+    and the gradient keeps its direction. Smoothing is meant for rewards that are scores of any size: it limits how much
+    one response counts.
 
     >>> smooth_rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([0.8497, 0.3595, 0.3595, 0.3595])
@@ -428,7 +428,7 @@ def micro_batch_loss(policy, micro_batch, config, reference=None):
 
     That keeps the policy near the base model. The KL depends on θ twice: through the next-token distributions, and
     through which responses are sampled. As is common, the gradient takes only the first: the responses are treated as
-    fixed data.
+    fixed data. (Beside the KL, it matters that smoothing makes the advantages of 0/1 rewards half as large.)
 
     Returns: the loss; the KL, summed over each response, on average over the micro-batch (nan without a reference).
     """
@@ -624,9 +624,10 @@ def score(task: str, text: str, answer: str) -> float:
     """1.0 if the final answer of a text is right, else 0.0. eval.py knows how it is found and compared."""
     try:
         import eval as scoring  # here, and not above, because eval.py imports this file
+
+        return scoring.SCORES[task](text, answer)
     except ImportError as error:
         raise ValueError(f"--task {task}: needs eval.py beside empg.py, and what it imports ({error})") from error
-    return scoring.SCORES[task](text, answer)
 
 
 gsm8k_problems = partial(dataset_problems, ["openai/gsm8k", "main"], "question", "answer")
@@ -729,9 +730,9 @@ def check_model(name: str) -> None:
     alone = []  # for each response, the log-probabilities, (length, V), of all tokens, from a pass over its text alone
     try:
         hook = model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits[:, -1]))
-        # At this temperature all tokens are equally probable. (At 1, a model that is sure of its tokens gives them a
-        # probability of 1, whatever is wrong, and comparing it would show nothing.) A quarter of all tokens end a
-        # response. With these seeds, two of the four responses end early, and their rows leave.
+        # Draw at a temperature at which all tokens are equally probable, and compare at temperature 1. (Drawn at 1, they
+        # might all be tokens of which the model is sure: log-probabilities of 0, whatever is wrong.) A quarter of all
+        # tokens end a response. With these seeds, two of the four responses end early, and their rows leave.
         stops = range(model.config.get_text_config().vocab_size // 4)
         how = {"eos_token_id": stops, "pad_token_id": 0, "temperature": 1e6, "seeds": [3, 2]}
         responses = sample(model, prompts, 2, 5, **how)
@@ -742,8 +743,8 @@ def check_model(name: str) -> None:
             logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             alone.append(logits.log_softmax(dim=-1))
 
-        # The sampler's pass t predicts token t. Of four rows or fewer, one that ends is more than a fifth, so it is
-        # dropped at once. So pass t has a row for each response with a token t, in order.
+        # The sampler's pass t predicts token t. `sample` drops rows when more than a fifth have ended, which of four rows
+        # is at once. So pass t has a row for each response with a token t, in order.
         in_passes = [each[t] for t in range(5) for each in alone if t < len(each)]
         of_tokens = [each[range(len(response)), response] for each, response in zip(alone, responses)]
         sampler_error = (torch.cat(passes).log_softmax(dim=-1) - torch.stack(in_passes)).abs().max().item()
@@ -763,6 +764,15 @@ def fail(message) -> NoReturn:
     if LOCAL_RANK == 0:
         print("error:", str(message).splitlines()[0], file=sys.stderr)
     raise SystemExit(2)
+
+
+def fail_together(errors: list[str], made_group: bool) -> None:
+    """Ends all processes if one of them has an error, and says the first. (`made_group` is of `start_processes`.)"""
+    errors = gather(errors)
+    if errors and made_group:
+        dist.destroy_process_group()
+    if errors:
+        fail(errors[0])
 
 
 def start_processes(device) -> bool:
@@ -970,6 +980,12 @@ LAPTOP |= {"steps": 60, "prompts_per_step": 32, "num_samples": 16, "eval_every":
 METHOD = "EMPG"
 
 
+def device_and_precision(asked) -> tuple[Any, Any]:
+    """The device to compute on, if it is not asked for, and the precision that suits it."""
+    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, "bfloat16" if device == "cuda" else "float32"
+
+
 def parse_options(argv) -> Config:
     """The options of a command line, with defaults for what it does not say. Ends with a message if one cannot work."""
     what_it_does = f"{__doc__.splitlines()[0]} The defaults are those for a pretrained model."
@@ -978,8 +994,8 @@ def parse_options(argv) -> Config:
     parser.error = fail
     # The defaults depend on the machine and on what was asked for, so read the command line twice.
     asked = parser.parse_args(argv)
-    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = {"task": "gsm8k", "device": device, "dtype": "bfloat16" if device == "cuda" else "float32"}
+    device, dtype = device_and_precision(asked.device)
+    recipe: dict = {"task": "gsm8k", "device": device, "dtype": dtype}
     has_gpu = device == "cuda" and torch.cuda.is_available()
     gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 if has_gpu else 0
     # A GPU that is sold with 24 GB has 22 or more.
@@ -1015,13 +1031,16 @@ def check_output(output: Path, options: dict) -> None:
         return
     if not options["resume"]:
         raise ValueError(f"--output {output}: holds another run; name a new one or --resume it")
-    before = json.loads(file.read_text())
+    try:
+        before = dict(json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"--output {output}: its config.json cannot be read; name another directory") from error
     # Up to rounding, these options do not change what an iteration does. So a resumed run may have other values.
     may_change = {"steps", "eval_every", "save_every", "resume", "output", "device", "shard"}
     may_change |= {"sample_batch", "micro_batch_tokens", "gradient_checkpointing"}
-    different = {name for name, _ in before.items() ^ options.items()} - may_change
-    if different:
-        begun = {name: before.get(name) for name in sorted(different)}
+    names = sorted({*before, *options} - may_change)
+    begun = {name: before.get(name) for name in names if before.get(name) != options.get(name)}
+    if begun:
         raise ValueError(f"--output {output}: its run was begun with {begun}; repeat that, or name a new one")
 
 
@@ -1048,12 +1067,7 @@ def main(argv=None) -> None:
             output.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         errors.append(str(error))
-    # An error may be of one process only, but all have to end, and say why.
-    errors = gather(errors)
-    if errors and made_group:
-        dist.destroy_process_group()
-    if errors:
-        fail(errors[0])
+    fail_together(errors, made_group)
 
     if RANK == 0:
         write_atomically(output / "config.json", json.dumps(options, indent=2))

@@ -550,10 +550,8 @@ def parse_options(argv) -> Options:
     parser: Any = HfArgumentParser(Options, **how)  # type: ignore[arg-type]
     parser.error = fail
     options = Options(**vars(parser.parse_args(argv)))
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.dtype is None:
-        options.dtype = "bfloat16" if options.device == "cuda" else "float32"
+    options.device, precision = empg.device_and_precision(options.device)
+    options.dtype = options.dtype or precision
     if options.temperature is None:
         options.temperature = 1.0 if options.num_samples > 1 else 0.0
 
@@ -585,12 +583,7 @@ def main(argv: list[str] | None = None) -> None:
                 prepared = prepare(options)
             except ValueError as error:
                 errors.append(str(error))
-            # An error may be of one process only, but all have to end, and say why.
-            errors = empg.gather(errors)
-            if errors and made_group:
-                empg.dist.destroy_process_group()
-            if errors:
-                fail(errors[0])
+            empg.fail_together(errors, made_group)
             rows = evaluate(options, *prepared)
             report = describe(rows, options.num_samples) | paper_scores(options.model, options.task)
             if made_group:

@@ -1846,6 +1846,22 @@ def test_without_eval_py_a_task_that_needs_it_ends_early(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_without_math_verify_a_task_that_needs_it_ends_early(tmp_path, capfd, monkeypatch):
+    """If a package that eval.py needs is missing, that, too, is said before a model is looked for."""
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    scoring.is_right.cache_clear()
+    data = write_rows(tmp_path / "data", train=[ROW], test=[ROW | {"question": "?"}])
+    argv = ["--model=someone/no-such-model", f"--data={data}", "--device=cpu", f"--output={tmp_path / 'out'}"]
+    refuses(capfd, empg.main, argv, "--task gsm8k", "math_verify")
+
+
+def test_only_the_first_process_shows_progress():
+    """tqdm's bars are off in all processes but the first."""
+    program = "import empg; from tqdm import tqdm; list(tqdm(range(3)))"
+    assert "3/3" in run([sys.executable, "-c", program], RANK="0").stderr
+    assert run([sys.executable, "-c", program], RANK="1").stderr == ""
+
+
 @pytest.mark.parametrize("answer", ["", "#### ", r"It is \boxed{}", " $ "])
 def test_an_answer_that_cannot_be_read(answer, tmp_path, capfd):
     """A problem whose answer is empty, in whatever form, is refused before a model is looked for."""
@@ -1882,12 +1898,20 @@ def test_data_with_something_missing(splits, tiny, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_evaluation_no_test_split_is_needed(tmp_path):
-    """With --eval-every 0, a dataset that has only a training split will do."""
+def test_without_evaluation_no_test_split_is_needed(tmp_path, capsys):
+    """With --eval-every 0, a dataset that has only a training split will do, and what cannot be checked then is said."""
     data = write_rows(tmp_path / "data", train=[ROW])
     problems, held_out = empg.load_problems(empg.Config(task="gsm8k", data=str(data), eval_every=0))
     assert [problem["question"] for problem in problems] == ["1+1="]
     assert held_out == []
+    assert "test split cannot be read" in capsys.readouterr().out
+
+
+def test_a_task_without_held_out_problems(tiny, tmp_path, capfd, monkeypatch):
+    """If a task of one's own has no problems to evaluate on, an evaluation is refused."""
+    problems = [{"question": "1+1=", "answer": "2"}]
+    change(monkeypatch, problems=lambda _, split: problems if split == "train" else [])
+    refuses(capfd, empg.main, options(tiny, tmp_path / "out"), "--data", "none are held out")
 
 
 def test_a_model_of_nan_is_refused(tmp_path, capfd):
@@ -1905,6 +1929,11 @@ def test_bad_directories(tiny, tmp_path, capfd):
     refuses(capfd, empg.main, options(tiny, tmp_path / "file"), str(tmp_path / "file"), "exists")
     refuses(capfd, empg.main, options(tiny, "/proc/nothing/run"), "/proc/nothing")
     refuses(capfd, empg.main, ["--task=sums", "--resume"], "--resume", "--output DIR")
+    # Directories of something else may have a config.json, too.
+    for text, expected in (("{", "cannot be read"), ("[1]", "cannot be read"), ('{"layers": [1]}', "begun with")):
+        (tmp_path / "config.json").write_text(text)
+        refuses(capfd, empg.main, options(tiny, tmp_path, "--resume"), f"--output {tmp_path}", expected)
+        assert (tmp_path / "config.json").read_text() == text
 
 
 def files_in(directory: Path) -> dict[Path, bytes]:

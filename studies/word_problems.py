@@ -66,8 +66,8 @@ def demonstrate(name: str, data: str, directory: Path, updates: int = 24, batch:
     """Stage 1: question → equation; model and tokenizer are saved in `directory`."""
     problems = asdiv("demonstrations", data)
     tokenizer, model = empg.load_model(name, torch.float32)
-    has_gpu = torch.cuda.is_available()
-    config = empg.Config(device="cuda" if has_gpu else "cpu", dtype="bfloat16" if has_gpu else "float32")
+    device, dtype = empg.device_and_precision(None)
+    config = empg.Config(device=device, dtype=dtype)
     empg.add_prompts(problems, empg.TASKS["asdiv"], tokenizer)
     for problem in problems:
         problem["response"] = [*tokenizer(problem["equation"])["input_ids"], tokenizer.eos_token_id]
