@@ -111,9 +111,9 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
     (N,) finite rewards, with mean μ and standard deviation σ → (N,) float32 from 0 to 1, all 0.5 if they are equal.
 
     Rewards of 0 and 1, as in the tasks here, become R̃ = low + distance · R, with a distance between 0.46 and 0.55. The
-    low number is in both R̃ and b, so the advantage A = R̃ - b is what it would be without smoothing, times the distance,
-    and the gradient keeps its direction. Smoothing is meant for rewards that are scores of any size: it limits how much
-    one response counts.
+    low number is in both R̃ and b. So the advantage A = R̃ - b is what it would be without smoothing, times the
+    distance, and the gradient keeps its direction. Smoothing is meant for rewards that are scores of any size: it
+    limits how much one response counts.
 
     >>> smooth_rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([0.8497, 0.3595, 0.3595, 0.3595])
@@ -730,9 +730,9 @@ def check_model(name: str) -> None:
     alone = []  # for each response, the log-probabilities, (length, V), of all tokens, from a pass over its text alone
     try:
         hook = model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits[:, -1]))
-        # Draw at a temperature at which all tokens are equally probable, and compare at temperature 1. (Drawn at 1, they
-        # might all be tokens of which the model is sure: log-probabilities of 0, whatever is wrong.) A quarter of all
-        # tokens end a response. With these seeds, two of the four responses end early, and their rows leave.
+        # Draw at a temperature at which all tokens are equally probable, and compare at temperature 1. (Drawn at 1,
+        # they might all be tokens of which the model is sure: log-probabilities of 0, whatever is wrong.) A quarter of
+        # all tokens end a response. With these seeds, two of the four responses end early, and their rows leave.
         stops = range(model.config.get_text_config().vocab_size // 4)
         how = {"eos_token_id": stops, "pad_token_id": 0, "temperature": 1e6, "seeds": [3, 2]}
         responses = sample(model, prompts, 2, 5, **how)
@@ -743,8 +743,8 @@ def check_model(name: str) -> None:
             logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             alone.append(logits.log_softmax(dim=-1))
 
-        # The sampler's pass t predicts token t. `sample` drops rows when more than a fifth have ended, which of four rows
-        # is at once. So pass t has a row for each response with a token t, in order.
+        # The sampler's pass t predicts token t. `sample` drops rows when more than a fifth have ended, which of four
+        # rows is at once. So pass t has a row for each response with a token t, in order.
         in_passes = [each[t] for t in range(5) for each in alone if t < len(each)]
         of_tokens = [each[range(len(response)), response] for each, response in zip(alone, responses)]
         sampler_error = (torch.cat(passes).log_softmax(dim=-1) - torch.stack(in_passes)).abs().max().item()
