@@ -112,8 +112,8 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
 
     Rewards of 0 and 1, as in the tasks here, become R̃ = low + distance · R, with a distance between 0.46 and 0.55. The
     low number is in both R̃ and b. So the advantage A = R̃ - b is what it would be without smoothing, times the
-    distance, and the gradient keeps its direction. Smoothing is meant for rewards that are scores of any size: it
-    limits how much one response counts.
+    distance, and the gradient keeps its direction. With rewards that are scores of any size, smoothing bounds what a
+    single response counts. (But μ and σ contain an extreme reward, so that beside it all others become nearly equal.)
 
     >>> smooth_rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([0.8497, 0.3595, 0.3595, 0.3595])
@@ -553,11 +553,12 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         # The learning rate rises to --lr in five iterations, while Adam's averages form.
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)
 
-        # Line 12. At the first update θ = θ* (up to rounding, if θ* is in bfloat16). So the samples come from the
-        # policy itself: they are *on-policy*, and Eq. 12 needs no correction. At a second update (--updates) θ has
-        # moved away, and they are *off-policy*. Other methods, PPO and GRPO, would correct for that: they multiply the
-        # advantage, at each token, by the ratio of its probability under θ to that under θ*, and limit this ratio. EMPG
-        # does not, and so is right only as long as θ stays near θ*.
+        # Line 12. At the first update θ = θ*. So the samples come from the policy itself: they are *on-policy*, and
+        # Eq. 12 needs no correction. (In bfloat16, as on a GPU, this is only nearly so. θ* computes token by token with
+        # a cache, and θ in one pass and from float32 weights, and the two round differently.) At a second update
+        # (--updates) θ has moved away, and the samples are *off-policy*. Other methods, PPO and GRPO, would correct for
+        # that: they multiply the advantage, at each token, by the ratio of its probability under θ to that under θ*,
+        # and limit this ratio. EMPG does not, and so is right only as long as θ stays near θ*.
         for _ in range(config.updates):
             statistics = update(policy, optimizer, trajectories, config, reference)
         seconds = time.perf_counter() - start
@@ -1002,7 +1003,7 @@ def parse_options(argv) -> Config:
     if asked.model is None and (asked.task == "sums" or (asked.task is None and gigabytes < 22)):
         recipe |= LAPTOP
     elif asked.model is None:
-        # With the other defaults, 1.5B parameters take about 50 GB, and 0.5B about 20 GB. README has the arithmetic.
+        # With the other defaults, 1.5B parameters take about 45 GB, and 0.5B about 20 GB: see docs/running.md.
         recipe["model"] = "Qwen/Qwen2.5-1.5B" if gigabytes > 60 else "Qwen/Qwen2.5-0.5B"
     parser.set_defaults(**recipe)
     config = Config(**vars(parser.parse_args(argv)))

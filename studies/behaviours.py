@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""How often responses show the behaviours of the paper's figure 14, by the phrases that are taken for them: a proxy, as
-either may stand without the other.
+"""How many responses show the behaviours of the paper's figure 14.
 
     python eval.py --model DIR --task gsm8k --output a.jsonl
     python studies/behaviours.py a.jsonl
+
+They are counted by phrases. That is a proxy: a response may have the phrase without the behaviour, or the other way
+round.
 """
 
 import json
@@ -24,21 +26,21 @@ BEHAVIOURS = {
 
 
 def find(responses: list[str]) -> dict[str, list[str]]:
-    """Behaviour → the surroundings of its phrase in each response that has one."""
+    """Behaviour → its phrase, with what stands around it, from each response that has one."""
     found = {}
     for name, phrases in BEHAVIOURS.items():
-        pattern = re.compile(rf"\b({phrases})", re.IGNORECASE)
-        hits = [(text, match) for text in responses if (match := pattern.search(text.replace("’", "'")))]
-        found[name] = [text[max(0, match.start() - 50) : match.end() + 50] for text, match in hits]
+        pattern = re.compile(rf"(?s:.{{0,50}})\b({phrases})(?s:.{{0,50}})", re.IGNORECASE)
+        matches = [pattern.search(text.replace("’", "'")) for text in responses]
+        found[name] = [match[0] for match in matches if match]
     return found
 
 
 def main(file: str) -> None:
-    rows = [json.loads(line) for line in Path(file).read_text().splitlines()[1:]]
-    for name, texts in find([row["response"] for row in rows]).items():
-        print(f"{name}: {len(texts)} of {len(rows)} responses, {len(texts) / len(rows):.1%}")
-        for text in texts[:3]:
-            print(f"    {text!r}")
+    _header, *rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    for name, examples in find([row["response"] for row in rows]).items():
+        print(f"{name}: {len(examples)} of {len(rows)} responses, {len(examples) / len(rows):.1%}")
+        for example in examples[:3]:
+            print(f"    {example!r}")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def grpo_advantages(rewards: torch.Tensor, epsilon: float = 1e-6) -> torch.Tenso
 def clipped_gains(logprobs, old_logprobs, mask, advantages, clip: float = 0.2) -> torch.Tensor:
     """min(ρₜ Aᵢ, clamp(ρₜ, 1 - clip, 1 + clip) Aᵢ) of each token, with ρₜ = π_θ / π_θ*, and 0 on padding.
 
-    (N, T) log-probabilities of the response tokens under π_θ, with gradient, and under π_θ*; (N, T) mask; (N,) advantages →
-    (N, T).
+    (N, T) log-probabilities of the response tokens under π_θ, with gradient, and under π_θ*; (N, T) mask; (N,)
+    advantages → (N, T).
     """
     ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0).exp()
     gain = ratio * advantages[:, None]
@@ -46,8 +46,8 @@ def clipped_gains(logprobs, old_logprobs, mask, advantages, clip: float = 0.2) -
 def grpo_loss(logprobs, old_logprobs, mask, advantages, clip: float = 0.2) -> torch.Tensor:
     """-(1/N) Σᵢ (1/|τᵢ|) Σₜ min(ρₜ Aᵢ, clamp(ρₜ, 1 - clip, 1 + clip) Aᵢ) (DeepSeekMath, Eq. 3).
 
-    Takes what `clipped_gains` does, and returns a scalar. Where ρ = 1, what is left of the difference to `empg_loss` is the
-    mean over tokens, and the advantage.
+    Takes what `clipped_gains` does, and returns a scalar. Where ρ = 1, what is left of the difference to `empg_loss` is
+    the mean over tokens, and the advantage.
     """
     gains = clipped_gains(logprobs, old_logprobs, mask, advantages, clip)
     return -(gains.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
@@ -60,8 +60,8 @@ def micro_batch_loss(policy, micro_batch, config, reference=None, *, policy_loss
     logits, tokens, mask = empg.response_logits(policy, prompts, responses, config.temperature)
     logprobs = empg.token_logprobs(logits, tokens, mask)
 
-    # At the first update on a trajectory θ = θ*, so that these are its log-probabilities under θ*. It keeps them for the
-    # updates after that.
+    # At the first update on a trajectory θ = θ*, so that these are its log-probabilities under θ*. It keeps them for
+    # the updates after that.
     for trajectory, values, is_token in zip(micro_batch, logprobs.detach(), mask):
         trajectory.setdefault("old_logprobs", values[is_token])
     old_logprobs = pad_sequence([trajectory["old_logprobs"] for trajectory in micro_batch], batch_first=True)

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Variance-reduced policy gradient: several updates on a buffer, each with the gradient of a part of it.
+"""Variance-reduced policy gradient: several updates on a batch, each along the gradient of a part of it.
 
     python studies/svrg.py --parts 4 [the options of empg.py]                      with the control variate
     python studies/svrg.py --parts 4 --no-control-variate [...]                    without
     python studies/svrg.py --measure PICTURE.png                                   variance and cosine of the gradients
 
-The gradient g_B(θ) of a part B of the buffer D is a noisy estimate of that of the whole, g_D(θ). SVRG (Johnson and Zhang
-2013; for policy gradients Xu, Liu and Peng 2017) corrects it by how far the same part was off at θ*, where both are known:
+The gradient g_B(θ) of a part B of the batch D is a noisy estimate of that of the whole, g_D(θ). SVRG (Johnson and Zhang
+2013; for policy gradients Xu, Liu and Peng 2017) corrects it by how far the same part was off at θ*, where both are
+known:
 
     g_B(θ) - g_B(θ*) + g_D(θ*).
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import gradients
+import ablations
 from ema_pg import updates_done
 
 import empg
@@ -37,17 +38,13 @@ empg_update = empg.update
 
 def gradient(policy, trajectories, config, reference=None) -> tuple[list[Tensor], dict]:
     """The gradient that `empg.update` would follow, before it is clipped, and its statistics. θ stays as it is."""
-    found = [torch.zeros_like(parameter) for parameter in policy.parameters()]
-
-    def keep(*_):
-        for tensor, parameter in zip(found, policy.parameters(), strict=True):
-            tensor.copy_(parameter.grad)
-
+    found: list[Tensor] = []
     # An optimizer with a learning rate of 0 leaves θ as it is. Before its step it shows us the gradient.
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_pre_hook(lambda *_: found.extend(each.grad.clone() for each in policy.parameters()))
     statistics = empg_update(policy, optimizer, trajectories, changed(config, max_grad_norm=math.inf), reference)
-    return found, statistics
+    # It makes no step if all advantages are 0.
+    return found or [torch.zeros_like(each) for each in policy.parameters()], statistics
 
 
 def random_parts(trajectories: list, parts: int, seed) -> list[list]:
@@ -57,24 +54,20 @@ def random_parts(trajectories: list, parts: int, seed) -> list[list]:
 
 
 def update(policy, optimizer, trajectories, config, reference=None, *, parts: int, control_variate: bool) -> dict:
-    """In place of `empg.update`: one step of θ for each part of the buffer.
+    """In place of `empg.update`: one update of θ for each part of the batch.
 
-    With the control variate it keeps a gradient of the size of θ for each part, and for the whole. SVRG as published
-    computes the part's gradient at θ* anew. That needs less memory, and a third pass over the buffer.
+    With the control variate it keeps a gradient of the size of θ for each part, and for the whole.
     """
-    # With the number of updates as a seed, every buffer is split in another way, and a resumed run splits as the run would
-    # have.
+    # With the number of updates as a seed, every batch is split in another way, and in a resumed run, too.
     split = random_parts(trajectories, parts, [config.seed, updates_done(policy, optimizer)])
 
-    # 1) Take every part's gradient where θ is now, at θ*. (With --updates above 1, that is not where the buffer was sampled
-    #    from, but where this pass over it begins.) Their mean is the gradient of the whole buffer.
+    # 1) Take every part's gradient at θ*, which is where θ is now. Their mean is the gradient of the whole batch.
     if control_variate:
         at_old = [gradient(policy, part, config, reference)[0] for part in split]
         shares = [len(part) / len(trajectories) for part in split]
         whole = [sum(share * g for share, g in zip(shares, tensors)) for tensors in zip(*at_old)]
 
-    # 2) One step for each part. (At the first one θ has not moved, so that its gradient is computed a second time. That
-    #    costs little, and spares a special case.)
+    # 2) Make one update for each part. (At the first one θ has not moved, so its gradient is computed a second time.)
     for number, part in enumerate(split):
         direction, statistics = gradient(policy, part, config, reference)
         if control_variate:
@@ -92,68 +85,56 @@ def update(policy, optimizer, trajectories, config, reference=None, *, parts: in
 
 # ---- What the control variate does to the gradient, measured on the task sums
 
+DISTANCES = (1, 3, 7, 15)  # updates since θ*
+SIZES = (8, 16, 32, 64, 128, 256)  # trajectories in a part
+
 
 def trajectory_gradients(model, trajectories: list[dict]) -> Tensor:
     """(N, parameters): minus the term of each trajectory in Eq. 12, whose mean over a part is the part's gradient."""
     rows = []
     for trajectory in trajectories:
-        log_p = gradients.log_probabilities(model, [trajectory])
-        rows.append(gradients.gradient(model, log_p, torch.tensor([trajectory["advantage"]])))
+        log_p = ablations.log_probabilities(model, [trajectory])
+        rows.append(ablations.gradient(model, log_p, torch.tensor([trajectory["advantage"]])))
     return torch.stack(rows)
 
 
-def noise_of_parts(now: Tensor, at_old: Tensor | None, size: int, draws: int, rng) -> list[float]:
-    """[variance / |g_D|², cosine to g_D] of the gradients of random parts of so many trajectories.
-
-    Takes: now, (N, parameters), the gradients of the N trajectories of the buffer at θ;
-        at_old, the same at θ*, for the control variate, or None;
-        draws, the number of parts.
-    """
-    parts = np.stack([rng.choice(len(now), size, replace=False) for _ in range(draws)])  # (draws, size)
+def noise_of_parts(gradients: Tensor, size: int, draws: int, rng) -> list[float]:
+    """[variance / |g_D|², cosine to g_D] of the means of random parts of so many of (N, parameters) gradients."""
+    parts = np.stack([rng.choice(len(gradients), size, replace=False) for _ in range(draws)])  # (draws, size)
     # (draws, N): a row has 1/size for each member of its part, so that its product with the gradients is their mean.
-    averaging = torch.zeros(draws, len(now)).scatter_(1, torch.tensor(parts), 1 / size)
-    estimates = averaging @ now  # (draws, parameters)
-    if at_old is not None:
-        estimates = estimates - averaging @ at_old + at_old.mean(dim=0)
-    whole = now.mean(dim=0)
+    averaging = torch.zeros(draws, len(gradients)).scatter_(1, torch.tensor(parts), 1 / size)
+    estimates = averaging @ gradients  # (draws, parameters)
+    whole = gradients.mean(dim=0)
     variance = (estimates - whole).square().sum(dim=1).mean() / whole.square().sum()
     cosine = torch.cosine_similarity(estimates, whole[None]).mean()
     return [variance.item(), cosine.item()]
 
 
-def study(model_name: str, seed: int, sizes, distances, draws: int, prompts: int) -> dict:
+def study(model_name: str, seed: int, draws: int, prompts: int, sizes) -> dict:
     """{(updates since θ*, with or without): what `noise_of_parts` finds, one row for each size of a part}."""
-    tokenizer, model, problems = gradients.load_sums(model_name)
+    tokenizer, model, problems = ablations.load_sums(model_name)
     rng = np.random.default_rng(seed)
-    trajectories, rewards = gradients.sample_batch(tokenizer, model, problems, prompts, 16, rng, seed * 10**12)
-    advantages = empg.subtract_baseline(rewards).flatten()
-    for trajectory, advantage in zip(trajectories, advantages.tolist()):
-        trajectory["advantage"] = advantage
-
+    trajectories, _ = ablations.sample_batch(tokenizer, model, problems, prompts, 16, rng, seed * 10**12)
     at_old = trajectory_gradients(model, trajectories)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.9, 0.95), weight_decay=0.0)
     config = empg.Config(device="cpu", dtype="float32")
     found = {}
-    for updates in range(max(distances) + 1):
-        if updates in distances:
-            now = trajectory_gradients(model, trajectories)
-            found[updates, False] = [noise_of_parts(now, None, size, draws, rng) for size in sizes]
-            found[updates, True] = [noise_of_parts(now, at_old, size, draws, rng) for size in sizes]
+    for updates in range(1, max(DISTANCES) + 1):
         empg_update(model, optimizer, trajectories, config)
+        if updates in DISTANCES:
+            now = trajectory_gradients(model, trajectories)
+            found[updates, False] = [noise_of_parts(now, size, draws, rng) for size in sizes]
+            # The mean of these over a part is g_B(θ) - g_B(θ*) + g_D(θ*).
+            corrected = now - at_old + at_old.mean(dim=0)
+            found[updates, True] = [noise_of_parts(corrected, size, draws, rng) for size in sizes]
     return found
-
-
-SIZES = (8, 16, 32, 64, 128, 256)
 
 
 def measure(picture: str, model=empg.LAPTOP["model"], seeds=3, draws=100, prompts=32, sizes=SIZES) -> None:
     """Prints the table and draws the picture."""
     from matplotlib.figure import Figure
 
-    distances = (1, 3, 7, 15)
-    studies = [
-        study(model, seed, sizes, distances, draws, prompts) for seed in tqdm(range(seeds), "seeds", leave=False)
-    ]
+    studies = [study(model, seed, draws, prompts, sizes) for seed in tqdm(range(seeds), "seeds", leave=False)]
     found = {key: np.mean([each[key] for each in studies], axis=0) for key in studies[0]}
     print("updates since θ*, gradient            | variance / |g_D|² (cosine to g_D) by trajectories in a part")
     print(" " * 38 + "|" + "".join(f"{size:>16}" for size in sizes))
@@ -164,13 +145,13 @@ def measure(picture: str, model=empg.LAPTOP["model"], seeds=3, draws=100, prompt
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (updates, corrected), rows in found.items():
-        colour = scoring.COLOURS[distances.index(updates)]
+        colour = scoring.COLOURS[DISTANCES.index(updates)]
         style = {"color": colour, "linestyle": "-" if corrected else ":", "marker": "o", "markersize": 3}
         name = f"{'SVRG' if corrected else 'plain'}, {updates} {'updates' if updates > 1 else 'update'} from θ*"
         left.plot(sizes, rows[:, 0], label=name, **style)
         right.plot(sizes, rows[:, 1], **style)
-    left.set(xscale="log", yscale="log", ylabel="variance / |gradient of the buffer|²")
-    right.set(xscale="log", ylabel="cosine to the gradient of the buffer", ylim=(0, 1.02))
+    left.set(xscale="log", yscale="log", ylabel="variance / |gradient of the batch|²")
+    right.set(xscale="log", ylabel="cosine to the gradient of the batch", ylim=(0, 1.02))
     for axis in (left, right):
         axis.set(xlabel="trajectories in a part", xticks=sizes, xticklabels=sizes)
         axis.minorticks_off()
@@ -186,6 +167,7 @@ def replace(parts: int, control_variate: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = empg.fail
     parser.add_argument("--parts", type=int, default=4)
     parser.add_argument("--no-control-variate", action="store_true")
     parser.add_argument("--measure", metavar="PICTURE.png")

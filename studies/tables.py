@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """The rows of the tables in studies/README.md, from the records of runs.
 
-    python studies/tables.py runs/empg-? runs/grpo-?         a row for each setting, mean ± standard deviation of its seeds
-    python studies/tables.py --seconds 30 runs/empg-?        and the accuracy when so many seconds had been spent on iterations
+    python studies/tables.py runs/empg-? runs/grpo-?     a row for each setting, mean ± standard deviation of its seeds
+    python studies/tables.py --seconds 30 runs/empg-?    and the accuracy after so many seconds of iterations
 
-Runs that have the same options and names that differ in a last number are seeds of one setting, as in `eval.py --curves`.
+Runs that have the same options and names that differ in a last number are seeds of one setting, as in `eval.py
+--curves`.
 """
 
 import argparse

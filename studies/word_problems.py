@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""A real language model learns from right or wrong: SmolLM2-135M-Instruct on word problems, on two cores in an hour.
+"""A real language model learns from right or wrong: SmolLM2-135M-Instruct on word problems, on two cores.
 
     python studies/word_problems.py [--output DIR] [--seed N] [--grpo] [the options of empg.py]
 
-Stage 1 demonstrates equations, `2 + 4 = 6`, to 250 problems of ASDiv: supervised learning, which is the M-step with every
-advantage 1. Stage 2 is EMPG (--grpo: studies/grpo.py) on 846 others, with nothing but right or wrong. Then both models
-are scored on 300 problems of ASDiv that no stage saw, and on SVAMP. The same command goes on after a kill, and seeds
-share stage 1.
+Stage 1 demonstrates equations, `2 + 4 = 6`, to 250 problems of ASDiv: supervised learning, which is the M-step with
+every advantage 1. Stage 2 is EMPG (--grpo: studies/grpo.py) on 846 others, with nothing but right or wrong. Then both
+models are scored on 300 problems of ASDiv that no stage saw, and on SVAMP. The same command goes on after a kill, and
+seeds share stage 1.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import grpo
 import numpy as np
-import prompts_once
 import torch
 from tqdm import tqdm
 
@@ -98,7 +97,6 @@ def main(argv: list[str] | None = None) -> None:
             demonstrate(given.model, given.data, start)
     except ValueError as error:
         empg.fail(error)
-    prompts_once.replace()
     if given.grpo:
         grpo.replace()
     empg.main([*OPTIONS, f"--model={start}", f"--data={given.data}", f"--seed={given.seed}", f"--output={run}", *rest])
