@@ -15,14 +15,15 @@ least one of k responses is right; maj@G is the share of problems for which the 
 
 import argparse
 import json
+import logging
 import math
 import re
 import sys
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from fractions import Fraction
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,146 +76,415 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 # ------------------------------------------------------------------------------------------
-# What is right: finding the answer of a response, and comparing it
+# What is right: the answer in the box
 # ------------------------------------------------------------------------------------------
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+# What stands between two boxes that are one list: a comma, "or" or "and", and perhaps a name, as in "or x =".
+JOINED = re.compile(r"[\s$}]*(?:,|,?[\s$]*(?:\\text\s*\{)?\s*(?:or|and)\b)[\s$}]*(?:[a-zA-Z]\s*=\s*)?")
+
+
+def box_contents(text: str, start: int) -> tuple[str | None, int]:
+    r"""The contents of a box whose brace opens at `start`, or None if it is never closed, and where the box ends.
+
+    A number may be in a box without braces: \boxed 7.
+    """
+    if text[start : start + 1] != "{":
+        number = re.compile(r"-?[\d.,]*\d").match(text, start)
+        return (number[0], number.end()) if number else (None, start)
+    depth = 0
+    for i in range(start, len(text)):
+        if text[i] == "{":
+            depth += 1
+        elif text[i] == "}":
+            depth -= 1
+        if depth == 0:
+            return text[start + 1 : i].strip(), i + 1
+    return None, len(text)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The contents of the last \boxed{...} in a text, or None. Braces within it are matched.
+    r"""The contents of the last \boxed{...} of a text, or None. Braces within it are matched.
 
-    >>> last_boxed(r"So it is $\boxed{\frac{1}{2}}$.")
+    Empty boxes do not count: a model may repeat the words of its prompt. If the last box is never closed, there is no
+    answer. Boxes that are joined by a comma, "or" or "and" are a list.
+
+    >>> last_boxed(r"So it is $\boxed{\frac{1}{2}}$. I put my answer in \boxed{}.")
     '\\frac{1}{2}'
+    >>> last_boxed(r"Is it \boxed{5}? No: $x = \boxed{2}$ or $x = \boxed{-1}$.")
+    '2, -1'
     """
-    _, box, rest = text.rpartition("\\boxed{")
-    if not box:
-        return None
-    depth = 1
-    for i, character in enumerate(rest):
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-        if depth == 0:
-            return rest[:i]
-    # The box is never closed.
-    return None
+    found: list[str] = []
+    start_of_next = len(text)
+    for match in reversed([*BOX.finditer(text)][-10:]):
+        contents, end = box_contents(text, match.end())
+        if contents is None or (found and not JOINED.fullmatch(text[end:start_of_next])):
+            break
+        if contents:
+            found.insert(0, contents)
+            start_of_next = match.start()
+    return ", ".join(found) or None
 
 
-NUMBER = re.compile(
-    r"""
-    (?: (?<! [\w)] ) - )?        # perhaps a minus sign, as in -3; but the one in 10-3 is not a sign
-    (?:
-        \d+                      # 18
-        (?: , \d{3} (?!\d) )*    # perhaps with thousands, as in 1,200
-        (?: \. \d+ )?            # perhaps with decimals, as in 2.50
-    |
-        \. \d+                   # .5
-    )
-    """,
-    re.VERBOSE,
+def gold_answer(answer: str) -> str:
+    r"""The answer in a row of a dataset: what is in its last \boxed{}, or behind its "####", or all of it."""
+    boxed = last_boxed(answer)
+    return answer.rpartition("####")[2].strip() if boxed is None else boxed
+
+
+def rewrite(text: str, rules: list[tuple[str, str]]) -> str:
+    """Replaces each pattern by its replacement, one after the other."""
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+# What has several spellings in LaTeX gets one. This is for numbers and for formulas.
+SPELLINGS = [
+    (r"\\(?:mbox|emph|operatorname|(?:text|math)(?:rm|bf|it|sf))(?![a-zA-Z])", r"\\text"),
+    (r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|(?<!\\)\\[()\[\]]", ""),
+    # Separators of thousands: 1{,}800, 1,\!800, 1\,800, and spaces that do not break a line
+    (r"(?<=\d)(?:\{,\}|,?\\!|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),
+    (r"(?<!\\)\\[,:;! ]|~", " "),
+    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|°(?:[CF]\b)?|\\?%", ""),
+    (r"\\?\$|[€£¥₹]", " "),
+    (r"[\u2012\u2013\u2212]", "-"),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\frac\s*(\d|\\[a-zA-Z]+)\s*(\d|\\[a-zA-Z]+)", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*(\d|\\[a-zA-Z]+)\s*(?=\{)", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+]
+
+# Words, and what may stand between them
+LETTERS = r"[^\W\d_]+(?![^\W\d_])"
+WORD = rf"{LETTERS}(?:[-'’]{LETTERS})*"
+BETWEEN = r"[^\w+*^=<>|!\\{}\[\]-]*"  # no letters, no digits and no operators
+WORDS = re.compile(rf"(?!\s*\.\s*\w){BETWEEN}(?:{WORD}(?:\s*\^[23])?{BETWEEN})*")
+SHORT_UNIT = "m|g|s|h|l|L|t|km|cm|mm|mi|ft|in|yd|sq|kg|Kg|mg|lb|oz|ml|mL|hr|am|pm|AM|PM|MB|GB|TB"
+# Words that make another number of the one before them: 18 thousand, 18 and a half
+MULTIPLE = re.compile(
+    r"\W*(?:and (?:an? )?)?(?:hundreds?|thousands?|[mbtr]+illions?|mil|bn|dozens?|half|halves|thirds?|quarters?"
+    r"|(?:fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial|or|plus|minus)\b",
+    re.IGNORECASE,
 )
+# Words that are another number: 18 and nineteen, 5 hours thirty minutes. "18 dollars for the two of them" has none.
+NUMBER_WORD = (
+    r"(?:(?:twen|thir|for|fif|six|seven|eigh|nine)ty(?:-\w+)?|(?:thir|four|fif|six|seven|eigh|nine)teen"
+    r"|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b"
+)
+OF_SOME = (
+    r"\b(?:the|all|these|those|of|in|for|her|his|their|per|each|every|next|last|first|other|another|a|only|after|than"
+    rf"|with|over|under|during|from|to)\s+{NUMBER_WORD}"
+)
+ANOTHER_NUMBER = rf"\b(?:{NUMBER_WORD}|or (?:more|less|fewer|so)\b|and (?:an? )?half\b)"
+
+
+def is_unit(text: str) -> bool:
+    """Whether what stands behind a number is its unit, or are words that leave the number as it is."""
+    if not WORDS.fullmatch(text) or MULTIPLE.match(text) or re.search(ANOTHER_NUMBER, re.sub(OF_SOME, "", text)):
+        return False
+    words = re.findall(WORD, text)
+    # A single small letter may be a variable. So may be one or two letters that stand alone.
+    if any(re.fullmatch("[b-z]", word) and not re.fullmatch(SHORT_UNIT, word) for word in words):
+        return False
+    return len(words) != 1 or len(words[0]) > 2 or re.fullmatch(SHORT_UNIT, words[0]) is not None
+
+
+# ------------------------------------------------------------------------------------------
+# What is right in GSM8K: a number
+# ------------------------------------------------------------------------------------------
+
+# What is left of LaTeX and Markdown, as plain text
+PLAIN = [
+    (r"\\text\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2 "),
+    (r"\\times|\\cdot|×|·", "*"),
+    (r"\*\*([^*]+)\*\*", r"\1"),
+    (r"\^\{([23])\}", r"^\1"),
+    (r"\b([ap])\.\s?m\b\.?", r"\1m"),
+]
+NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|\.(?!\s*\w))?|\.\d+)"
+# 18, 36/2, 2 1/2 or 5:00, and what stands behind it
+AMOUNT = re.compile(rf"([-+]?)\s*({NUMBER})(?:\s*/\s*(\d+)|\s+(\d+)/(\d+)|:00)?(.*)", re.DOTALL)
+# The left-hand side of an equation: a name, or a calculation with numbers and their units
+NAME = r"\s*[^\W\d_][^\d=:;,+*/^<>!\\-]*"
+NOT_A_NAME = (
+    rf"\b(?:or|and|not|plus|minus|half|twice|double|triple|square|squared|root|log|ln|sin|cos|tan|{NUMBER_WORD})\b"
+)
+TERM = rf"[\s(-]*{NUMBER}\s*(?:{WORD}[\s.]*)*[\s)]*"
+CALCULATION = rf"{TERM}(?:[+*/-]{TERM})+"
+
+# Where a response announces its answer: up to the end of the line, or of the sentence. (A heading may have #### too.)
+HASHES = r"####(?!\s{0,9}(?!(?:final\s)?answer)[^\W\d_]{3})(?P<line>.*)"
+ANSWER_IS = (
+    r"answer\s+is\b[\s:]*(?:(?:therefore|thus|indeed|simply|exactly|actually),?\s+)?"
+    r"(?P<sentence>(?:(?!answer\s+is\b)(?:[^.!?\n]|[.!?](?=\S)))*)"
+)
+ANNOUNCEMENT = re.compile(f"{HASHES}|{ANSWER_IS}", re.IGNORECASE)
+# A number with what is joined to it, as in 5:30 or 17-18
+RUN = re.compile(r"-?\.?\d(?:[\d.,:/^_-]*\d)?(?:\s+\d+/\d+)?")
+# What stands before a number that is a part of a calculation or of a list
+UNFINISHED = re.compile(r"\w$|[+*/^<>]\s*$|\S\s*-\s+$|\d\s*,\s*$|\d\s+(?:(?:and|to)\s+)?$")
+
+
+def number_of(text: str) -> Fraction | None:
+    r"""The number that an answer stands for, or None if it stands for anything else, or for several numbers.
+
+    right for 18:   18 | $18 | €18.00 | 18\% | **18** | \textbf{18} | 36/2 | \frac{36}{2} | 18 dollars a day | 18 km/h
+                    18 \text{ dollars} | 18 cm^2 | x = 18 | 20 - 2 = 18 | \text{Total} = 18 \text{ dollars} | 18:00
+    wrong for 18:   17 or 18 | 17, 18 | \{17, 18\} | 17-18 | 18 and nineteen | 18 hours 30 minutes | 18 = 2 * 9 | 3 * 6
+                    2x = 18 | x \ge 18 | 18x | 18^2 | 18! | 18 thousand | 18 dozen | 18 and a half | 18:30 | \sqrt{18}
+
+    So a number may have a sign, a currency, separators of thousands, a percent sign, emphasis, and a unit or words that
+    leave it as it is. It may be a fraction or a mixed number. Of an equation the last side counts, if the first one is
+    a name or a calculation. A time of day passes if it is a full hour. A number with a number word is neither the one
+    nor the product: 18 thousand is wrong for 18 and for 18,000. In doubt it is None. A right answer in a rare spelling
+    costs a sample, but a wrong one that gets a reward is learned.
+    """
+    if len(text) > 300:
+        return None
+    *sides, last = rewrite(text, SPELLINGS + PLAIN).strip("*_` \n").split("=")
+    for i, side in enumerate(sides):
+        side = re.sub(r"_\{?\w+\}?", "", side)  # without an index
+        is_name = i == 0 and re.fullmatch(NAME, side)
+        if re.search(NOT_A_NAME, side) or not (is_name or re.fullmatch(CALCULATION, side)):
+            return None
+    if not sides:
+        last = re.sub(f"^{NAME}:", "", last)  # a name may also stand before a colon
+    amount = AMOUNT.fullmatch(last.strip("*_` \n"))
+    if amount is None or not is_unit(amount[6]):
+        return None
+    sign, number, denominator, numerator, denominator_of_mixed, _ = amount.groups()
+    try:
+        value = Fraction(number.replace(",", "").rstrip("."))
+        if denominator:
+            value /= int(denominator)
+        if numerator:
+            value += Fraction(int(numerator), int(denominator_of_mixed))
+    except (ValueError, ZeroDivisionError):  # a number that is too long, or a division by 0
+        return None
+    return -value if sign == "-" else value
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, up to the end of its sentence, unless it is a part of a calculation or of a list."""
+    text = rewrite(text, SPELLINGS + PLAIN)
+    runs = list(RUN.finditer(text))
+    if not runs:
+        return None
+    start = runs[-1].start()
+    before = re.split(r"\n|[.!?]\s", text[:start])[-1]
+    is_in_list = re.search(r"\d", before) and re.search(r"\bor\s+(?:\w+\s+){0,2}$", before[-50:])
+    is_difference = text[start] == "-" and re.search(r"[\d)]\s*$", before)
+    is_bullet = re.fullmatch(r"\s*[*+-]\s*", before)
+    if is_in_list or is_difference or (UNFINISHED.search(before) and not is_bullet):
+        return None
+    return re.split(r"\n|[.!?](?:\s|$)", text[start:])[0]
 
 
 def final_answer(text: str) -> str | None:
-    r"""The final answer of a response, or None.
+    r"""The final answer of a response to a problem of GSM8K, or None. `number_of` reads it.
 
-    It is the contents of the last \boxed{}. If that is not there, not closed or empty, it is the first number after the
-    last "####" or "answer is". Without these words, it is the last number. Of a sentence or line, only what follows its
-    last "=" counts.
+    It is what is in the box. Without a box, it is what stands behind the last "####" or "answer is", up to the end of
+    the line or of the sentence. Without these, it is the last number.
 
-    If the token limit cut a response off, its last number does not count. It is only the number at which the model was
-    stopped. By accident it can be right, and the model would be rewarded for an answer that it did not give.
+    If the token limit cut a response off, a box counts, and so does an announcement in a sentence that was finished.
+    The last number does not: it is only where the model was stopped. By accident it can be right, and the model would
+    be rewarded for an answer that it did not give.
 
     >>> final_answer(r"So it is \boxed{18}, not 17.")
     '18'
-    >>> final_answer("The answer is 18. Let me check: 9 + 9 = 18 and 2 + 2 = 4.")
-    '18'
+    >>> final_answer("The answer is 18 dollars. Let me check: 9 + 9 = 18 and 2 + 2 = 4.")
+    '18 dollars'
     >>> final_answer("Of 5 boxes with 241 each there are 5 * 241 = 1,205")
-    '1205'
+    '1,205'
     >>> final_answer("There are two steps. 1. Find the number of boxes. 2…") is None
     True
     """
     boxed = last_boxed(text)
-    if boxed:
+    if boxed is not None:
         return boxed
     is_cut = text.endswith(empg.CUT_MARK)
-    if is_cut:
-        # A number at the cut may not be complete.
-        text = text.removesuffix(empg.CUT_MARK).rstrip("0123456789.,")
-    parts = re.split("####|answer is", text, flags=re.IGNORECASE)
-    is_announced = len(parts) > 1
-    if is_cut and not is_announced:
-        return None
+    text = text.removesuffix(empg.CUT_MARK)
+    announcements = [match for match in ANNOUNCEMENT.finditer(text) if re.search(r"\d", match[0])]
+    if not announcements:
+        return None if is_cut else last_number(text)
+    last = announcements[-1]
+    is_finished = not is_cut or last.end() < len(text)
+    return (last["line"] or last["sentence"]) if is_finished else None
 
-    # In "The answer is 20 - 2 = 18" the right-hand side counts. So in each sentence or line, keep what follows its last
-    # "=".
-    sentences = re.split(r"\.\s|\n", parts[-1])
-    ending = " ".join(sentence.rpartition("=")[2] for sentence in sentences)
-    numbers = NUMBER.findall(ending.replace("$", ""))
-    if not numbers:
-        return None
-    number = numbers[0] if is_announced else numbers[-1]
-    return number.replace(",", "")
+
+def is_right_number(given: str | None, answer: str) -> float:
+    """1.0 if an answer is the number of a row of GSM8K, else 0.0. Raises ValueError if the row has no number.
+
+    >>> is_right_number("18 dollars", "9 + 9 = <<9+9=18>>18\\n#### 18")
+    1.0
+    """
+    gold = number_of(gold_answer(answer))
+    if gold is None:
+        raise ValueError(f"the answer {answer!r} is empty, or is not a number")
+    return float(given is not None and number_of(given) == gold)
+
+
+# ------------------------------------------------------------------------------------------
+# What is right in MATH: a formula
+# ------------------------------------------------------------------------------------------
+
+OR = r"(?:\\text\s*\{\s*or\s*\}|\bor\b)\s*"
+# What else has several spellings in a formula
+FORMULA = [
+    (r"π", r"\\pi "),
+    # Two inequalities, joined by "or", as a union of intervals
+    (rf"[a-z]\s*<([^<>=,]+){OR}[a-z]\s*>([^<>=,]+)", r"(-\\infty,\1)\\cup(\2,\\infty)"),
+    (rf"[a-z]\s*\\leq?\s([^<>=,]+){OR}[a-z]\s*\\geq?\s([^<>=,]+)", r"(-\\infty,\1]\\cup[\2,\\infty)"),
+    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"_\{(\d+)\}", r"_\1"),
+    (r"(?<=\d)\.0+(?!\d)", ""),
+    (r"(?<![\w.])1(?=i\b)", ""),
+    (r"^\s*(-?\d+)\s+(\d+)/(\d+)\s*$", r"\1\\frac{\2}{\3}"),  # 2 2/3
+    (r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|\b(?:or|and)\b(?![^{]*\})", ","),
+    (r",(?:\s*,)+", ","),
+    (r"^\s*(?:\\text\s*\{[^{}]*\}|\([a-z](?:\s*,\s*[a-z])+\))\s*=", ""),  # a name, or several: (x, y) = (3, 4)
+    (r"^\s*\\text\s*\{\s*([^{}]*)\}\s*$", r"\1"),  # nothing but words
+    (r"^\s*\(([A-Z])\)\s*$", r"\1"),  # the letter of a choice
+]
+# A unit behind a formula, in \text{}, or in plain words behind a number
+LAST_WORDS = re.compile(r"(?<=[\w})])\s*\\text\s*\{([^{}]*)\}(?:\^[23])?[.\s]*$|(?<=\d)((?:\s+[a-z]{3,})+)[.\s]*$")
+
+# math_verify reads what it can, and drops the rest without a word. So it gets only what it reads as a whole.
+COMMAND = (
+    r"\\(?:frac|sqrt|pi|cdot|times|div|pm|mp|leq?|geq?|lt|gt|neq?|in|cup|cap|infty|emptyset|varnothing|setminus|mathbb"
+    r"|log|ln|arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|exp|binom|begin|end|alpha|beta|gamma|theta|lambda|phi|omega)"
+    r"(?![a-zA-Z])"
+)
+UNREADABLE = re.compile(
+    r"[^\w\s.,+*/^=<>!|()\[\]{}\\&-]"  # other characters, such as ; and :
+    r"|\d\s+[\d.]|\d_\w"  # two numbers side by side; a base
+    r"|\S\s*\\begin|\\end\{\w+\}\s*\S"  # a matrix with something beside it
+    r"|\^[^,=+*/-]*\^|\d{5,}\s*!|\^\s*\{?-?\d{4,}"  # powers and factorials that would take forever
+)
+# The left-hand side of an equation that gives a value: a name, such as x, f(2), AB or area, or a calculation
+LETTER_OR_NAME = r"(?:[a-zA-Z]|[A-Z]{2,3}|[a-zA-Z]{3,})"
+VARIABLE = rf"\s*(?:\\(?:angle|triangle|overline)\s*)?\{{?{LETTER_OR_NAME}'?\}}?(?:_\w+)?(?:\([^()=]*\))?\s*"
+ARITHMETIC = r"(?:[\d\s.+*/()^{}-]|\\(?:frac|sqrt|cdot|times|div|pi)(?![a-zA-Z]))*"
+
+
+def normal(formula: str) -> str:
+    """A formula in one spelling, without its unit."""
+    formula = rewrite(formula, SPELLINGS + FORMULA)
+    words = LAST_WORDS.search(formula)
+    if words and is_unit(words[1] or words[2]) and len(re.findall(WORD, words[0])) <= 5:
+        formula = formula[: words.start()]
+    return formula.strip(" .\n")
+
+
+def last_side(formula: str) -> str | None:
+    """The last side of an equation that gives a value, as x = 9 + 9 = 18 does. None if it gives none, as 2x = 18."""
+    first, *sides = re.split(r"(?<![<>!\\])=", formula)
+    if not sides:
+        return formula
+    if "," in formula:  # a list of equations, as x = 1, y = 2
+        return formula if all(re.fullmatch(VARIABLE, name) for name in re.findall(r"([^,=]*)=", formula)) else None
+    is_value = re.fullmatch(VARIABLE, first) or all(re.fullmatch(ARITHMETIC, side) for side in (first, *sides[:-1]))
+    return sides[-1] if is_value else None
+
+
+def is_readable(formula: str) -> bool:
+    """Whether math_verify reads all of a formula."""
+    return not UNREADABLE.search(formula) and not re.search(r"\\[a-zA-Z]", re.sub(COMMAND, "", formula))
+
+
+def within(seconds: int, function: Callable[[], bool]) -> bool:
+    """What a function returns, or False if it takes longer."""
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
+
+    if threading.current_thread() is threading.main_thread():
+        try:
+            return timeout(seconds)(function)()
+        except TimeoutException:
+            return False
+    # The signal that ends the function above reaches the main thread only. In another one, go on without the function.
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(function()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(found) and found[0]
+
+
+def are_equal(gold: str, given: str) -> bool:
+    """Whether math_verify takes two formulas for equal, and two numbers are not only both near 0."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # Without this it would take the last letter of a formula for a unit. The time limit is that of `within`.
+    no_units = NormalizationConfig(units=False, malformed_operators=True, nits=True)
+    how: dict = {"extraction_config": [LatexExtractionConfig(normalization_config=no_units)], "parsing_timeout": None}
+    how |= {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no time limit
+    try:
+        [one, *_], [two, *_] = parse(f"\\boxed{{{gold}}}", **how), parse(f"\\boxed{{{given}}}", **how)
+        # The option compares sets with equations, too: the answer "0,1" with "x = 0 or x = 1".
+        if not verify(one, two, allow_set_relation_comp=True, timeout_seconds=None):
+            return False
+        if getattr(one, "is_number", False) and getattr(two, "is_number", False):
+            one, two = one.doit().evalf(20), two.doit().evalf(20)
+            return bool(abs(one - two) <= 1e-6 * abs(one))
+    except Exception:  # noqa: BLE001 - what cannot be read is not right
+        return False
+    return True
 
 
 # Many samples give the same answer to a problem. Compare it once.
 @lru_cache(maxsize=4096)
-def is_right(given: str | None, answer: str) -> float:
-    r"""1.0 if a formula equals the answer, else 0.0.
+def is_right_formula(given: str | None, answer: str) -> float:
+    r"""1.0 if an answer equals the formula of a row of MATH, else 0.0. Raises ValueError if the row has none.
 
-    The answer is a formula, or a solution as in datasets, with the formula in its last \boxed{} or behind a "####". If
-    there is no such formula, that is a ValueError.
+    right for \frac{1}{2}:   \dfrac12 | 0.5 | 1/2 | \frac{2}{4} | x = \frac{1}{2} | \frac{1}{2} \text{ cm}^2
+                             \text{Area} = 1/2 | x = 1 - 0.5 = 0.5
+    wrong for \frac{1}{2}:   1 | \frac{1}{2}, 1 | \frac{1}{2} \text{ or } 1 | 2x = \frac{1}{2} | x > \frac{1}{2} | 1/3!
+                             \frac{1}{2}s | \frac{1}{2} \text{ feet } 6 \text{ inches} | \frac{1}{2} \text{ and a half}
 
-    A list is compared as a whole, by math_verify. So "3 or 4" equals the answer "3, 4", but not the answer 3:
-    otherwise a model would learn to list guesses.
-
-    >>> [is_right(given, "#### 18") for given in ("18.00", r"\$18", r"\frac{36}{2}", "17, 18", None)]
-    [1.0, 1.0, 1.0, 0.0, 0.0]
+    It is right if it is spelled in the same way, but for spaces, commands of LaTeX that only change the looks, and a
+    unit. Otherwise math_verify compares the two, if it can read all of them. It compares lists as a whole: "3 or 4" is
+    right for "3, 4", but not for 3, or a model would learn to list guesses.
     """
-    from math_verify import LatexExtractionConfig, parse, verify
+    import math_verify  # noqa: F401 - if it is missing, this is said before any work, when rows are tried
 
-    def clean(formula):
-        # math_verify takes \text{...} for a unit, and so would read "5 \text{ or 6}" as 5. If the text holds a digit,
-        # or "or", "and" or "if", take it out of \text{}, so that math_verify reads it as a part of the formula.
-        formula = re.sub(r"\\(?:text|mbox)\s*\{([^{}]*(?:\d|\b(?:or|and|if)\b)[^{}]*)\}", r" \1 ", formula)
-        # Remove dollar signs around the formula, and a full stop behind it. (The dot in .5 stays.)
-        formula = formula.lstrip(" $").rstrip(" .$")
-        # Words behind a number, as in "6 kilometers", are its unit. Without \text{}, math_verify would read them as a
-        # product of letters. Only words of three letters or more: "or" and a variable are no unit, nor is "and".
-        return re.sub(r"^([\d.,]+)(?:\s+(?!and\b)[a-z]{3,})+$", r"\1", formula)
+    def is_same(a, b):
+        a, b = (re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text) for text in (a, b))
+        return a == b
 
-    boxed = last_boxed(answer)
-    gold = clean(answer.rpartition("####")[2] if boxed is None else boxed)
+    gold = normal(gold_answer(answer))
     if not gold:
         raise ValueError(f"the answer {answer!r} is empty, or has nothing in its box or behind its ####")
-    given = clean(given or "")
-    if not given:
-        return 0.0
-    if given == gold:
+    formula = normal(given or "")
+    if "=" not in gold:
+        formula = last_side(formula) or ""
+    base = re.fullmatch(r"(\w+)_\d+", gold)
+    if formula and (is_same(formula, gold) or (base and is_same(formula, base[1]))):  # of 28_9 the base may be left out
         return 1.0
-
-    # A formula such as 9^{9^{9}} would take forever. math_verify's time limit uses a signal, which works in the main
-    # thread only. In a program that grades in other threads, 0 switches the limit off, and such a formula can hang.
-    seconds = 2 if threading.current_thread() is threading.main_thread() else 0
-    options = {
-        "extraction_config": [LatexExtractionConfig()],
-        "extraction_mode": "first_match",
-        "parsing_timeout": seconds,
-    }
-    try:
-        gold_formula = parse(f"\\boxed{{{gold}}}", **options)
-        given_formula = parse(f"\\boxed{{{given}}}", **options)
-        # The option compares sets with equations, too: the answer "0,1" with "x = 0 or x = 1".
-        return float(verify(gold_formula, given_formula, allow_set_relation_comp=True, timeout_seconds=seconds))
-    except Exception:  # noqa: BLE001 - what cannot be read is not right
+    if not formula or len(formula) > 300 or not (is_readable(formula) and is_readable(gold)):
         return 0.0
+    return float(within(2, lambda: are_equal(gold, formula)))
+
+
+# Task → how the answer of a response is found, and how it is compared with that of the problem
+ANSWERS: dict[str, tuple[Callable, Callable]] = {
+    "gsm8k": (final_answer, is_right_number),
+    "math-hard": (last_boxed, is_right_formula),
+}
+
+
+def grade(task: str, response: str, answer: str) -> float:
+    """1.0 if the final answer of a response is right, else 0.0."""
+    find, compare_with = ANSWERS[task]
+    return compare_with(find(response), answer)
 
 
 # Task → a function of a response and the problem's answer, which returns 1.0 or 0.0. empg.py trains on these rewards.
-SCORES = {
-    "gsm8k": lambda response, answer: is_right(final_answer(response), answer),
-    "math-hard": lambda response, answer: is_right(last_boxed(response), answer),
-}
+SCORES = {task: partial(grade, task) for task in ANSWERS}
 
 
 # ------------------------------------------------------------------------------------------
@@ -245,12 +515,30 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def is_same_answer(one: str, two: str) -> bool:
+    """Whether two answers are the same number or formula, in whatever spelling."""
+    numbers = number_of(one), number_of(two)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return one == two or (bool(normal(two)) and is_right_formula(one, two) == 1)
+
+
 def majority_vote(answers: Sequence[str | None]) -> str | None:
-    """The commonest answer; of equally common ones, the first. None if there is no answer at all."""
-    votes = Counter(answer for answer in answers if answer is not None)
-    if not votes:
-        return None
-    return max(votes, key=lambda answer: votes[answer])
+    """The commonest answer; of equally common ones, the first. None if there is no answer at all.
+
+    >>> majority_vote(["17", "17", "18", r"\\$18", "18.00"])
+    '18'
+    """
+    groups: list[list[str]] = []
+    for answer in answers:
+        if answer is None:
+            continue
+        group = next((group for group in groups if is_same_answer(answer, group[0])), None)
+        if group is None:
+            groups.append([answer])
+        else:
+            group.append(answer)
+    return max(groups, key=len)[0] if groups else None
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
