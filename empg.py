@@ -59,13 +59,16 @@ The first half of this file is the method, to be read from top to bottom. To run
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -612,12 +615,20 @@ def dataset_problems(source, question_column, answer_column, data, split) -> lis
         import datasets
 
         rows = datasets.load_dataset(*source, split=split)
-        problems = [{**row, "question": row[question_column], "answer": str(row[answer_column])} for row in rows]
+        problems = []
+        for number, row in enumerate(rows, 1):
+            question, answer = row[question_column], row[answer_column]
+            are_readable = isinstance(question, str) and isinstance(answer, str | int | float)
+            if not are_readable or not question.strip() or not str(answer).strip():
+                raise ValueError(
+                    f"row {number} has {question!r} and {answer!r}: it needs a text, and a text or a number"
+                )
+            problems.append({**row, "row": number, "question": question, "answer": str(answer)})
         if not problems:
             raise ValueError("there are none")
     except Exception as error:
         needs = f"needs, on the hub or in {split}.jsonl, rows with {question_column!r} and {answer_column!r}"
-        raise ValueError(f"{where}: {needs} ({error!r})") from error
+        raise ValueError(f"{where}: {needs} ({error.__cause__ or error!r})") from error
     return problems
 
 
@@ -661,7 +672,10 @@ def load_problems(config) -> tuple[list[dict], list[dict]]:
         raise ValueError("--data: no problems are left to train on, or none are held out")
     # Call the reward now, for nothing but its errors: an answer that cannot be read, or a missing eval.py.
     for problem in problems + tests:
-        task.reward(problem["answer"], problem["answer"])
+        try:
+            task.reward(problem["answer"], problem["answer"])
+        except ValueError as error:
+            raise ValueError(f"{error} (row {problem.get('row', 'unknown')})") from error
     num_held_out = config.eval_problems if config.eval_every else 0
     order = np.random.default_rng(0).permutation(len(tests))
     return problems, [tests[index] for index in order[:num_held_out]]
@@ -680,6 +694,18 @@ def load_model(name: str, dtype="auto"):
     return tokenizer, model
 
 
+def write_chat(tokenizer, turns, **how):
+    """What the model's chat template makes of some turns. Raises ValueError if it cannot be used."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        # It writes today's date. But prompts must not change when a run is resumed. So it is always the same day.
+        template = "{% macro strftime_now(form) %}15 June 2025{% endmacro %}" + template
+    try:
+        return tokenizer.apply_chat_template(turns, chat_template=template, **how)
+    except Exception as error:
+        raise ValueError(f"--model: its chat template cannot be used here ({error})") from error
+
+
 def add_prompts(problems, task, tokenizer) -> None:
     """Gives each problem its "prompt", token ids, as the task and the model's chat template want it."""
     has_template = tokenizer.chat_template is not None  # Qwen2.5 has one even before it is taught to chat
@@ -687,9 +713,13 @@ def add_prompts(problems, task, tokenizer) -> None:
         text = task.prompt.replace("{question}", problem["question"])
         if has_template:
             turns = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            text = write_chat(tokenizer, turns, add_generation_prompt=True, tokenize=False)
+        if problem["question"].strip() not in text:
+            raise ValueError("--model: its chat template, or the task's prompt, leaves the question out")
         # A chat template has already written the special tokens.
-        problem["prompt"] = tokenizer(text, add_special_tokens=not has_template)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=not has_template)["input_ids"]
+        # Some tokenizers put EOS behind each text. But nothing is to be written behind EOS.
+        problem["prompt"] = ids[:-1] if not has_template and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def stop_tokens(tokenizer, model) -> list[int]:
@@ -701,14 +731,19 @@ def stop_tokens(tokenizer, model) -> list[int]:
     if tokenizer.chat_template is not None:
         # Write a short chat, and see which special token comes last.
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        ids = tokenizer.apply_chat_template(turns, return_dict=False)
+        ids = write_chat(tokenizer, turns, return_dict=False)
         special_tokens = [token for token in ids if token in tokenizer.added_tokens_decoder]
         stops.update(special_tokens[-1:])
     return sorted(stops)
 
 
 def room_for_responses(problems, model) -> float:
-    """How many tokens the model can read after the longest prompt; infinitely many if it has no limit."""
+    """How many tokens the model can read after the longest prompt; infinitely many if it has no limit.
+
+    Raises ValueError if it cannot read all prompts.
+    """
+    if max(max(problem["prompt"]) for problem in problems) >= len(model.get_input_embeddings().weight):
+        raise ValueError("--model: its tokenizer has tokens that its embeddings lack")
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
@@ -716,7 +751,10 @@ def room_for_responses(problems, model) -> float:
         # Such a model encodes positions in one way in a text of up to its original maximum, and in another way in a
         # longer one. A response that grows across this length would have keys of both kinds in its cache.
         limit = rope["original_max_position_embeddings"]
-    return limit - max(len(problem["prompt"]) for problem in problems)
+    longest = max(len(problem["prompt"]) for problem in problems)
+    if longest >= limit:
+        raise ValueError(f"--data: a prompt has {longest} tokens, and the model can read {limit} in all; leave it out")
+    return limit - longest
 
 
 @torch.no_grad()
@@ -760,9 +798,9 @@ def check_model(name: str) -> None:
 # ------------------------------ Processes: data parallel with DDP, or sharded with FSDP ------------------------------
 
 
-def fail(message) -> NoReturn:
-    """Ends with one line on standard error, on each machine, and exit code 2."""
-    if LOCAL_RANK == 0:
+def fail(message, everywhere=False) -> NoReturn:
+    """Ends with one line on standard error, of one process on each machine, or of this one, and exit code 2."""
+    if LOCAL_RANK == 0 or everywhere:
         print("error:", str(message).splitlines()[0], file=sys.stderr)
     raise SystemExit(2)
 
@@ -924,6 +962,46 @@ def load_checkpoint(output, policy, optimizer, config):
     return state["step"], json.loads(state["metrics"])
 
 
+@contextmanager
+def hold_directory(output: Path, options: dict, made_group: bool) -> Iterator[None]:
+    """Begins a run in OUTPUT with its config.json, and keeps other commands out of it until this one has ended."""
+    errors = []
+    lock = None
+    try:
+        if RANK == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            lock = (output / "lock").open("a")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, however that ends
+            except BlockingIOError as error:
+                raise ValueError(f"--output {output}: another command is at work there; name another one") from error
+            except OSError:
+                say(f"There are no locks in {output}: see to it that no other command works there.")
+            check_output(output, options)  # again, since another command may have been here meanwhile
+            write_atomically(output / "config.json", json.dumps(options, indent=2))
+    except (OSError, ValueError) as error:
+        errors.append(str(error))
+    try:
+        fail_together(errors, made_group)
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def what_to_do(error: BaseException, output: Path) -> str:
+    """A line for a run that has ended because of memory, or because OUTPUT cannot be written any more."""
+    checkpoints = sorted(output.glob("checkpoint-*"))
+    then = f"--resume goes on from {checkpoints[-1].name}" if checkpoints else "there is no checkpoint yet"
+    if isinstance(error, torch.OutOfMemoryError):
+        functions = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        option = "--micro-batch-tokens" if "update" in functions else "--sample-batch"
+        return f"out of memory: halve {option}; {then}"
+    if isinstance(error, dcp.api.CheckpointException):
+        [(error, _), *_] = error.failures.values()  # of each process that has one
+    return f"--output {output}: cannot be written ({error}); {then}"
+
+
 # ------------------------------ Options and the command line ------------------------------
 
 
@@ -1021,7 +1099,7 @@ def parse_options(argv) -> Config:
         fail("--num-samples 1: must be at least 2, since the baseline is the mean of the other samples")
     if config.resume and config.output is None:
         fail("--resume: say which run to go on with, by --output DIR")
-    config.output = config.output or f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config.output = config.output or f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     return config
 
 
@@ -1056,37 +1134,38 @@ def main(argv=None) -> None:
     errors = []
     try:
         problems, held_out = load_problems(config)
-        if RANK == 0:
-            check_output(output, options)
-            check_model(config.model)
         tokenizer, policy = load_model(config.model)
         add_prompts(problems + held_out, TASKS[config.task], tokenizer)
+        stop_tokens(tokenizer, policy)  # for nothing but its errors
         room = room_for_responses(problems + held_out, policy)
         if room < config.max_new_tokens:
             raise ValueError(f"--max-new-tokens {config.max_new_tokens}: at most {room} fit after the prompts")
         if RANK == 0:
-            output.mkdir(parents=True, exist_ok=True)
+            check_output(output, options)
+            check_model(config.model)
     except (OSError, ValueError) as error:
         errors.append(str(error))
     fail_together(errors, made_group)
 
-    if RANK == 0:
-        write_atomically(output / "config.json", json.dumps(options, indent=2))
-    say(str(config))
-    say(f"{len(problems)} problems to train on, {len(held_out)} held out")
-    _, old_policy = load_model(config.model, getattr(torch, config.dtype))
-    old_policy = old_policy.requires_grad_(False).to(config.device)
-    reference = None
-    if config.beta:
-        _, reference = load_model(config.model)
-        reference = distribute(reference.requires_grad_(False), config)
-    # A process group can hang if it is destroyed before the DDP wrapper. So the wrapper gets no name in `main`.
-    train(config, distribute(policy, config), old_policy, reference, tokenizer, problems, held_out, output)
-
-    # `old_policy` is the trained θ, in --dtype. The last checkpoint has it in float32.
-    if RANK == 0:
-        old_policy.save_pretrained(output / "model")
-        tokenizer.save_pretrained(output / "model")
+    with hold_directory(output, options, made_group):
+        say(str(config))
+        say(f"{len(problems)} problems to train on, {len(held_out)} held out")
+        say(f"The first prompt: {tokenizer.decode(problems[0]['prompt'])!r}")
+        _, old_policy = load_model(config.model, getattr(torch, config.dtype))
+        try:
+            old_policy = old_policy.requires_grad_(False).to(config.device)
+            reference = None
+            if config.beta:
+                _, reference = load_model(config.model)
+                reference = distribute(reference.requires_grad_(False), config)
+            # A process group can hang if it is destroyed before the DDP wrapper. So the wrapper gets no name in `main`.
+            train(config, distribute(policy, config), old_policy, reference, tokenizer, problems, held_out, output)
+            # `old_policy` is the trained θ, in --dtype. The last checkpoint has it in float32.
+            if RANK == 0:
+                old_policy.save_pretrained(output / "model")
+                tokenizer.save_pretrained(output / "model")
+        except (torch.OutOfMemoryError, OSError, dcp.api.CheckpointException) as error:
+            fail(what_to_do(error, output), everywhere=True)
     if made_group:
         dist.destroy_process_group()
 

@@ -14,11 +14,13 @@ least one of k responses is right; maj@G is the share of problems for which the 
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import math
 import re
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -596,6 +598,8 @@ def check_output(output: str | None) -> None:
         raise ValueError(f"--output {output}: is a directory; name a file")
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=Path(output).parent):
+            pass
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be made ({error.strerror}); name another file") from error
 
@@ -616,6 +620,13 @@ def prepare(options: Options) -> tuple:
     return problems, tokenizer, model.to(options.device)
 
 
+def fingerprint(model) -> str:
+    """A short name for the weights of a model, by a few values of each tensor."""
+    tensors = [tensor.detach().flatten() for tensor in model.state_dict().values()]
+    values = [tensor[:: max(1, len(tensor) // 16)].float().cpu() for tensor in tensors]
+    return hashlib.sha256(torch.cat(values).numpy().tobytes()).hexdigest()[:16]
+
+
 def evaluate(options: Options, problems: list[dict], tokenizer, model) -> list[dict]:
     """Samples responses to all problems, and grades them. What --output has already is not sampled again.
 
@@ -627,7 +638,7 @@ def evaluate(options: Options, problems: list[dict], tokenizer, model) -> list[d
     # The first line of a results file has the options that say what was computed.
     names = ["model", "task", "data", "split", "limit", "num_samples", "temperature", "max_new_tokens", "seed", "dtype"]
     header: dict[str, Any] = {name: getattr(options, name) for name in names}
-    header["problems"] = len(problems)
+    header |= {"problems": len(problems), "weights": fingerprint(model)}
     file = None if options.output is None else Path(options.output)
 
     # The first process reads what an interrupted command has left, and tells the others.
@@ -635,10 +646,13 @@ def evaluate(options: Options, problems: list[dict], tokenizer, model) -> list[d
     if RANK == 0:
         found = [read_results(file) if file is not None and file.is_file() else (header, [])]
     [(header_of_file, rows)] = empg.gather(found)
-    if header_of_file != header:
+    other = {name: header_of_file.get(name) for name in header if header_of_file.get(name) != header[name]}
+    if "weights" in other:
         raise ValueError(
-            f"--output {file}: has results of {header_of_file}; repeat these options, or name another file"
+            f"--output {file}: has results of other weights than {options.model} has now; name another file"
         )
+    if other:
+        raise ValueError(f"--output {file}: has results of {other}; repeat these options, or name another file")
     if file is not None and RANK == 0:
         empg.write_atomically(file, "".join(json.dumps(row) + "\n" for row in (header, *rows)))
 
@@ -847,6 +861,8 @@ def parse_options(argv) -> Options:
         value = getattr(options, name)
         if value is not None and value < 1:
             fail(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= options.temperature < math.inf:
+        fail(f"--temperature {options.temperature}: must be finite, and not negative")
     things_to_do = [bool(options.model), bool(options.compare), bool(options.curves)]
     if sum(things_to_do) != 1 or (options.compare and len(options.compare) != 2):
         fail("choose one of --model NAME, --compare A B and --curves RUN ...")
@@ -872,7 +888,15 @@ def main(argv: list[str] | None = None) -> None:
             except ValueError as error:
                 errors.append(str(error))
             empg.fail_together(errors, made_group)
-            rows = evaluate(options, *prepared)
+            try:
+                rows = evaluate(options, *prepared)
+            except torch.OutOfMemoryError:
+                fail("out of memory: halve --sample-batch, and repeat the command", everywhere=True)
+            except OSError as error:
+                fail(
+                    f"--output {options.output}: cannot be written ({error.strerror}); repeat the command",
+                    everywhere=True,
+                )
             report = describe(rows, options.num_samples) | paper_scores(options.model, options.task)
             if made_group:
                 empg.dist.destroy_process_group()

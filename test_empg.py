@@ -10,8 +10,10 @@ what it shows. The name test_mistake_X stands for a mistake that is common in th
 test.
 """
 
+import contextlib
 import dataclasses
 import doctest
+import fcntl
 import functools
 import gc
 import importlib
@@ -22,6 +24,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -2012,7 +2015,7 @@ def test_an_answer_that_cannot_be_read(answer, tmp_path, capfd):
         tmp_path / "data", train=[ROW, {"question": "2+2=", "answer": answer}], test=[ROW | {"question": "?"}]
     )
     argv = ["--model=someone/no-such-model", f"--data={data}", "--device=cpu", f"--output={tmp_path / 'out'}"]
-    refuses(capfd, empg.main, argv, "the answer", "is empty")
+    refuses(capfd, empg.main, argv, "row 2", "empty" if answer else "''")
 
 
 def test_a_tokenizer_without_an_end_token(tiny, tmp_path, capfd):
@@ -2040,6 +2043,122 @@ def test_data_with_something_missing(splits, tiny, tmp_path, capfd):
     argv = options(tiny, tmp_path / "out", task="gsm8k", data=data)
     refuses(capfd, empg.main, argv, "--data", str(data), ".jsonl", "'question'")
     assert not (tmp_path / "out").exists()
+
+
+BAD_ROWS = [
+    {"question": None, "answer": "3"},
+    {"question": [{"role": "user", "content": "1+1="}], "answer": "3"},
+    {"question": 7, "answer": "3"},
+    {"question": " ", "answer": "3"},
+    {"question": "1+1+1=", "answer": None},
+    {"question": "1+1+1=", "answer": {"value": 3}},
+    {"question": "1+1+1=", "answer": ["3"]},
+    {"question": "1+1+1=", "answer": " "},
+]
+
+
+@pytest.mark.parametrize("row", BAD_ROWS, ids=str)
+def test_rows_that_cannot_be_read(row, tiny, tmp_path, capfd):
+    """A question that is no text, and an answer that is neither text nor a number, are refused with the row's number."""
+    data = write_rows(tmp_path / "data", train=[row, row], test=[row])
+    refuses(capfd, empg.main, options(tiny, tmp_path / "out", task="gsm8k", data=data), "--data", "row 1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_that_are_numbers(tmp_path):
+    """Whole numbers, floats and text are answers; a word is none, and its row is named."""
+    rows = [{"question": f"{i}=", "answer": answer} for i, answer in enumerate((3, 3.0, 3.5))]
+    data = write_rows(tmp_path / "data", train=rows)
+    problems, _ = empg.load_problems(empg.Config(task="gsm8k", data=str(data), eval_every=0))
+    assert [GSM8K.reward(text, row["answer"]) for text, row in zip((r"\boxed{3}", "3.00", "7/3"), problems)] == [
+        1,
+        1,
+        0,
+    ]
+    words = [{"question": "1+1=", "answer": 2}, {"question": "2+2=", "answer": "many"}]
+    data = write_rows(tmp_path / "words", train=words)
+    with pytest.raises(ValueError, match=r"'many' is empty, or is not a number \(row 2\)"):
+        empg.load_problems(empg.Config(task="gsm8k", data=str(data), eval_every=0))
+
+
+@pytest.mark.parametrize(("main", "more"), [(empg.main, ["--steps=1"]), (scoring.main, [])], ids=["empg", "eval"])
+def test_a_prompt_that_is_too_long(main, more, tiny, tmp_path, capfd):
+    """It is refused by its length, and not by a negative room."""
+    long = {"question": "1+" * 100 + "1=", "answer": "101"}
+    data = write_rows(tmp_path / "data", train=[ROW, long], test=[ROW | {"question": "?"}, long])
+    words = [f"--model={tiny}", "--task=gsm8k", f"--data={data}", "--device=cpu", f"--output={tmp_path / 'out'}"]
+    refuses(capfd, main, [*words, *more], "--data", "tokens, and the model can read 64 in all")
+
+
+def save_chat(path, template: str, **tokens) -> str:
+    """The tiny model with a chat template."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(tokens)
+    tokenizer.chat_template = template
+    make_model(scale=0.1, dtype=torch.bfloat16).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+TURNS = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+BAD_TEMPLATES = {
+    "needs a system turn": (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS,
+        "no system",
+    ),
+    "allows no assistant": (
+        "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('alone') }}{% endif %}" + TURNS,
+        "alone",
+    ),
+    "is broken": ("{% for m in messages %}{{ m['content'] ", "chat template cannot be used"),
+    "takes parts": (
+        "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}",
+        "leaves the question out",
+    ),
+    "says nothing": ("{{ '1+1=' }}", "leaves the question out"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEMPLATES)
+def test_chat_templates_that_are_refused(name, tmp_path, capfd):
+    """A template that cannot be used with one turn of a user and one of the model is refused in a line."""
+    template, expected = BAD_TEMPLATES[name]
+    model = save_chat(tmp_path / "model", template)
+    refuses(capfd, empg.main, options(model, tmp_path / "out"), "--model", expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_the_embeddings_lack(tmp_path, capfd):
+    """A tokenizer with tokens that the model does not know is refused in a line."""
+    tokens = {"additional_special_tokens": ["<end>", "<more>"]}
+    model = save_chat(tmp_path / "model", TURNS.replace("<eos>", "<more>"), **tokens)
+    refuses(capfd, empg.main, options(model, tmp_path / "out"), "--model", "embeddings lack")
+
+
+def test_prompts_do_not_change_with_the_date(tmp_path, odd_is_right, capsys, monkeypatch):
+    """A template that writes the time gives the same prompts later, so that a resumed run is the same run. The first prompt
+    is printed as it is sent."""
+    model = save_chat(tmp_path / "model", "{{ strftime_now('%H%M%S') }}" + TURNS)
+    seen = []
+    spy(monkeypatch, "sample_trajectories", lambda args, *_: seen.extend(row["prompt"] for row in args[3]))
+    for steps in (1, 2):
+        empg.main(options(model, tmp_path / "out", "--resume", steps=steps, eval_every=0, max_new_tokens=4))
+        time.sleep(1.1)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = {tokenizer.decode(prompt).rpartition("=")[0][:20] for prompt in seen}
+    assert len({prompt.rstrip("0123456789+") for prompt in prompts}) == 1
+    printed = re.findall(r"The first prompt: '(.*)'", capsys.readouterr().out)
+    assert len(set(printed)) == 1
+    assert printed[0].endswith("=<eos>")
+
+
+def test_nothing_is_written_behind_eos():
+    """A tokenizer that puts EOS behind each text does not put it behind a prompt."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    problems = [{"question": "3+8="}]
+    empg.add_prompts(problems, empg.TASKS["sums"], tokenizer)
+    assert tokenizer.decode(problems[0]["prompt"]) == "3+8="
 
 
 def test_without_evaluation_no_test_split_is_needed(tmp_path, capsys):
@@ -2072,12 +2191,114 @@ def test_bad_directories(tiny, tmp_path, capfd):
     (tmp_path / "file").touch()
     refuses(capfd, empg.main, options(tiny, tmp_path / "file"), str(tmp_path / "file"), "exists")
     refuses(capfd, empg.main, options(tiny, "/proc/nothing/run"), "/proc/nothing")
+    refuses(capfd, empg.main, options(tiny, "/proc"), "/proc")
     refuses(capfd, empg.main, ["--task=sums", "--resume"], "--resume", "--output DIR")
     # Directories of something else may have a config.json, too.
     for text, expected in (("{", "cannot be read"), ("[1]", "cannot be read"), ('{"layers": [1]}', "begun with")):
         (tmp_path / "config.json").write_text(text)
         refuses(capfd, empg.main, options(tiny, tmp_path, "--resume"), f"--output {tmp_path}", expected)
         assert (tmp_path / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]], ids=["new", "resumed"])
+def test_two_runs_in_one_directory(flags, tiny, tmp_path, capfd, odd_is_right):
+    """While a command is at work in a directory, another one is refused, and leaves it as it is. Then it is free again."""
+    out = tmp_path / "out"
+    if flags:
+        empg.main(options(tiny, out, steps=1))
+    argv = options(tiny, out, *flags, steps=2)
+    out.mkdir(exist_ok=True)
+    (out / "lock").touch()
+    before = files_in(out)
+    with (out / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refuses(capfd, empg.main, argv, f"--output {out}", "another command is at work there")
+        assert files_in(out) == before
+    empg.main(argv)
+    assert [row["step"] for row in metrics(out)][-1] == 2
+
+
+def test_two_commands_at_once(tiny, tmp_path):
+    """Of two commands that begin at the same time in one directory, one is refused, and the other one is undisturbed. Two
+    without --output get directories of their own."""
+    words = [f"--model={tiny}", "--task=sums", "--steps=3", "--prompts-per-step=4", "--num-samples=4", "--device=cpu"]
+    words += ["--max-new-tokens=8", "--eval-every=0"]
+    one, two = (start(HERE / "empg.py", *words, f"--output={tmp_path / 'out'}", f"--seed={seed}") for seed in (0, 1))
+    for child in (one, two):
+        child.process.join(200)
+    assert sorted(child.process.exitcode for child in (one, two)) == [0, 2]
+    refused = one if one.process.exitcode else two
+    assert "Traceback" not in refused.log.read_text()
+    seed = json.loads((tmp_path / "out/config.json").read_text())["seed"]
+    assert seed == (1 if refused is one else 0)
+    assert len(metrics(tmp_path / "out")) == 3
+    assert empg.parse_options(words).output.endswith(f"-{os.getpid()}")
+
+
+@pytest.fixture
+def group_of_the_test():
+    """A process group that is there before a run fails, and destroyed afterwards."""
+    empg.start_processes("cpu")
+    yield
+    empg.dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def a_full_disk():
+    """No file may grow beyond 8,000 bytes: that is an error of the system, as a full disk is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_loses_nothing(tiny, tmp_path, capfd, odd_is_right, group_of_the_test):
+    """A run that cannot write its checkpoint ends in a line that names the one before, from which it goes on later."""
+    more = {"save_every": 1, "eval_every": 0}
+    empg.main(options(tiny, tmp_path / "whole", steps=3, **more))
+    empg.main(options(tiny, tmp_path / "out", steps=1, **more))
+    with a_full_disk():
+        again = options(tiny, tmp_path / "out", "--resume", steps=3, **more)
+        refuses(capfd, empg.main, again, f"--output {tmp_path / 'out'}", "cannot be written", "checkpoint-000001")
+    empg.main(again)
+    same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_full_disk_while_scoring(tiny, tmp_path, capfd, group_of_the_test):
+    """eval.py ends in a line, too, keeps what it has, and goes on later."""
+    words = [f"--model={tiny}", "--task=sums", "--max-new-tokens=8", "--limit=90", "--device=cpu", "--sample-batch=10"]
+    scoring.main([*words, f"--output={tmp_path / 'whole'}"])
+    with a_full_disk():
+        refuses(
+            capfd, scoring.main, [*words, f"--output={tmp_path / 'out'}"], "cannot be written", "repeat the command"
+        )
+    assert 1_000 < (tmp_path / "out").stat().st_size <= 8_000
+    scoring.main([*words, f"--output={tmp_path / 'out'}"])
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def run_out_of_memory(*args, **keywords):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    ("function", "option"), [("sample", "--sample-batch"), ("micro_batch_loss", "--micro-batch-tokens")]
+)
+def test_out_of_memory(function, option, tiny, tmp_path, capfd, odd_is_right, monkeypatch, group_of_the_test):
+    """A line says which option to halve, and from where the run goes on, as it then does."""
+    empg.main(options(tiny, tmp_path, steps=1, eval_every=0))
+    again = options(tiny, tmp_path, "--resume", steps=2, eval_every=0)
+    monkeypatch.setattr(empg, "check_model", lambda name: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(empg, function, run_out_of_memory)
+        refuses(capfd, empg.main, again, "out of memory", f"halve {option}", "checkpoint-000001")
+    empg.main(again)
+    with monkeypatch.context() as patch:
+        patch.setattr(empg, "sample", run_out_of_memory)
+        words = [f"--model={tiny}", "--task=sums", "--limit=2", "--max-new-tokens=4", "--device=cpu"]
+        refuses(capfd, scoring.main, words, "out of memory", "halve --sample-batch")
 
 
 def files_in(directory: Path) -> dict[Path, bytes]:
@@ -2292,6 +2513,32 @@ def test_a_killed_evaluation_goes_on(tiny, tmp_path, capfd):
     assert (tmp_path / "two").read_bytes() == marked
 
 
+def test_results_of_other_weights_are_not_taken(tmp_path, capfd):
+    """After more training of a model at the same place, a file of results is refused, and left as it is. The same weights go on
+    with it."""
+    name = save(make_model(scale=0.1), tmp_path / "model")
+    words = [
+        f"--model={name}",
+        "--task=sums",
+        "--limit=4",
+        "--max-new-tokens=4",
+        "--device=cpu",
+        f"--output={tmp_path / 'out'}",
+    ]
+    scoring.main(words)
+    before = (tmp_path / "out").read_bytes()
+    scoring.main(words)
+    model = make_model(scale=0.1)
+    with torch.no_grad():
+        model.model.norm.weight += 1e-3
+    for other in (model, make_model(seed=1, scale=0.1)):
+        other.save_pretrained(name)
+        refuses(capfd, scoring.main, words, f"--output {tmp_path / 'out'}", "other weights")
+        assert (tmp_path / "out").read_bytes() == before
+    save(make_model(scale=0.1), tmp_path / "model")
+    scoring.main(words)
+
+
 def results(path, correct, samples=1, tokens=5, question="q") -> str:
     """A results file with these outcomes."""
     rows = [{"num_samples": samples}]
@@ -2334,6 +2581,9 @@ def test_compare(tmp_path, capfd):
         ("--curves x", "x: is not the directory"),
         ("--model x --task chess", "chess"),
         ("--model x --limit 0", "--limit 0"),
+        ("--model x --temperature -1", "--temperature -1"),
+        ("--model x --temperature nan", "--temperature nan"),
+        ("--model x --output /proc/x.jsonl", "cannot be made"),
     ],
 )
 def test_bad_options_of_eval(words, expected, tmp_path, capfd):
