@@ -83,7 +83,7 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # What stands between two boxes that are one list: a comma, "or" or "and", and perhaps a name, as in "or x =".
-JOINED = re.compile(r"[\s$}]*(?:,|,?[\s$]*(?:\\text\s*\{)?\s*(?:or|and)\b)[\s$}]*(?:[a-zA-Z]\s*=\s*)?")
+JOINED = re.compile(r" ?(?:,|,? ?(?:\\text ?\{ ?)?(?:or|and)\b) ?(?:or|and)? ?(?:[a-zA-Z] ?= ?)?")
 
 
 def box_contents(text: str, start: int) -> tuple[str | None, int]:
@@ -117,14 +117,18 @@ def last_boxed(text: str) -> str | None:
     '2, -1'
     """
     found: list[str] = []
-    start_of_next = len(text)
-    for match in reversed([*BOX.finditer(text)][-10:]):
+    end = 0
+    for match in [*BOX.finditer(text)][-10:]:
+        if match.start() < end:
+            continue  # this box is within another one
+        between = re.sub(r"[\s$}]+", " ", text[end : match.start()])
         contents, end = box_contents(text, match.end())
-        if contents is None or (found and not JOINED.fullmatch(text[end:start_of_next])):
-            break
+        if contents is None:
+            return None
         if contents:
-            found.insert(0, contents)
-            start_of_next = match.start()
+            is_joined = len(between) < 40 and JOINED.fullmatch(between)
+            inner = re.fullmatch(r"\\boxed\s*\{([^{}]*)\}", contents)
+            found = [*(found if is_joined else []), inner[1] if inner else contents]
     return ", ".join(found) or None
 
 
@@ -148,7 +152,7 @@ SPELLINGS = [
     # Separators of thousands: 1{,}800, 1,\!800, 1\,800, and spaces that do not break a line
     (r"(?<=\d)(?:\{,\}|,?\\!|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\[,:;! ]|~", " "),
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|°(?:[CF]\b)?|\\?%", ""),
+    (r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|°)\s*(?:[CF]\b|\\text\{\s*[CF]\s*\})?|\\?%", ""),
     (r"\\?\$|[€£¥₹]", " "),
     (r"[\u2012\u2013\u2212]", "-"),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -159,8 +163,8 @@ SPELLINGS = [
 
 # Words, and what may stand between them
 LETTERS = r"[^\W\d_]+(?![^\W\d_])"
-WORD = rf"{LETTERS}(?:[-'’]{LETTERS})*"
-BETWEEN = r"[^\w+*^=<>|!\\{}\[\]-]*"  # no letters, no digits and no operators
+WORD = rf"{LETTERS}(?:[-'’]{LETTERS})*(?:['’](?![^\W\d_]))?"
+BETWEEN = r"[\s.,;:/()²³—]*"
 WORDS = re.compile(rf"(?!\s*\.\s*\w){BETWEEN}(?:{WORD}(?:\s*\^[23])?{BETWEEN})*")
 SHORT_UNIT = "m|g|s|h|l|L|t|km|cm|mm|mi|ft|in|yd|sq|kg|Kg|mg|lb|oz|ml|mL|hr|am|pm|AM|PM|MB|GB|TB"
 # Words that make another number of the one before them: 18 thousand, 18 and a half
@@ -178,7 +182,11 @@ OF_SOME = (
     r"\b(?:the|all|these|those|of|in|for|her|his|their|per|each|every|next|last|first|other|another|a|only|after|than"
     rf"|with|over|under|during|from|to)\s+{NUMBER_WORD}"
 )
-ANOTHER_NUMBER = rf"\b(?:{NUMBER_WORD}|or (?:more|less|fewer|so)\b|and (?:an? )?half\b)"
+ANOTHER_NUMBER = (
+    rf"\b(?:{NUMBER_WORD}|(?:or (?:more|less|fewer|so|not)|and (?:an? )?half|at (?:most|least)|approximately|maybe"
+    r"|negative|minus|below zero|lakh|crore|gross|doubled|tripled|squared|cubed|power of|remainder"
+    r"|is (?:wrong|incorrect|not))\b)"
+)
 
 
 def is_unit(text: str) -> bool:
@@ -198,6 +206,7 @@ def is_unit(text: str) -> bool:
 
 # What is left of LaTeX and Markdown, as plain text
 PLAIN = [
+    (r"<<[^<>]*>>", ""),  # GSM8K's own calculations: 9 + 9 = <<9+9=18>>18
     (r"\\text\s*\{([^{}]*)\}", r" \1 "),
     (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2 "),
     (r"\\times|\\cdot|×|·", "*"),
@@ -220,7 +229,7 @@ CALCULATION = rf"{TERM}(?:[+*/-]{TERM})+"
 HASHES = r"####(?!\s{0,9}(?!(?:final\s)?answer)[^\W\d_]{3})(?P<line>.*)"
 ANSWER_IS = (
     r"answer\s+is\b[\s:]*(?:(?:therefore|thus|indeed|simply|exactly|actually),?\s+)?"
-    r"(?P<sentence>(?:(?!answer\s+is\b)(?:[^.!?\n]|[.!?](?=\S)))*)"
+    r"(?P<sentence>(?:(?!answer\s+is\b|,?\s(?:because|since)\b)(?:[^.!?\n]|[.!?](?=\S)))*)"
 )
 ANNOUNCEMENT = re.compile(f"{HASHES}|{ANSWER_IS}", re.IGNORECASE)
 # A number with what is joined to it, as in 5:30 or 17-18
@@ -277,9 +286,8 @@ def last_number(text: str) -> str | None:
     start = runs[-1].start()
     before = re.split(r"\n|[.!?]\s", text[:start])[-1]
     is_in_list = re.search(r"\d", before) and re.search(r"\bor\s+(?:\w+\s+){0,2}$", before[-50:])
-    is_difference = text[start] == "-" and re.search(r"[\d)]\s*$", before)
     is_bullet = re.fullmatch(r"\s*[*+-]\s*", before)
-    if is_in_list or is_difference or (UNFINISHED.search(before) and not is_bullet):
+    if is_in_list or (UNFINISHED.search(before) and not is_bullet):
         return None
     return re.split(r"\n|[.!?](?:\s|$)", text[start:])[0]
 
@@ -336,20 +344,23 @@ OR = r"(?:\\text\s*\{\s*or\s*\}|\bor\b)\s*"
 # What else has several spellings in a formula
 FORMULA = [
     (r"π", r"\\pi "),
+    (r"\\([lg])eqslant(?![a-z])", r"\\\1eq"),
     # Two inequalities, joined by "or", as a union of intervals
     (rf"[a-z]\s*<([^<>=,]+){OR}[a-z]\s*>([^<>=,]+)", r"(-\\infty,\1)\\cup(\2,\\infty)"),
+    (rf"[a-z]\s*>([^<>=,]+){OR}[a-z]\s*<([^<>=,]+)", r"(-\\infty,\2)\\cup(\1,\\infty)"),
     (rf"[a-z]\s*\\leq?\s([^<>=,]+){OR}[a-z]\s*\\geq?\s([^<>=,]+)", r"(-\\infty,\1]\\cup[\2,\\infty)"),
+    (r"^\s*[a-z]\s*\\in(?![a-z])", ""),
     (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
     (r"([_^])\{(\w)\}", r"\1\2"),
     (r"_\{(\d+)\}", r"_\1"),
-    (r"(?<=\d)\.0+(?!\d)", ""),
+    (r"(?<=\d)\.0+(?=[a-z])", ""),
     (r"(?<![\w.])1(?=i\b)", ""),
     (r"^\s*(-?\d+)\s+(\d+)/(\d+)\s*$", r"\1\\frac{\2}{\3}"),  # 2 2/3
     (r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|\b(?:or|and)\b(?![^{]*\})", ","),
     (r",(?:\s*,)+", ","),
-    (r"^\s*(?:\\text\s*\{[^{}]*\}|\([a-z](?:\s*,\s*[a-z])+\))\s*=", ""),  # a name, or several: (x, y) = (3, 4)
+    (r"^\s*\([a-zA-Z](?:\s*,\s*[a-zA-Z])+\)\s*=(?=\s*\()", ""),  # names: (x, y) = (3, 4)
+    (rf"^\s*\\text\s*\{{(?![^{{}}]*{NOT_A_NAME})[^{{}}\d]*\}}\s*=", ""),  # a name
     (r"^\s*\\text\s*\{\s*([^{}]*)\}\s*$", r"\1"),  # nothing but words
-    (r"^\s*\(([A-Z])\)\s*$", r"\1"),  # the letter of a choice
 ]
 # A unit behind a formula, in \text{}, or in plain words behind a number
 LAST_WORDS = re.compile(r"(?<=[\w})])\s*\\text\s*\{([^{}]*)\}(?:\^[23])?[.\s]*$|(?<=\d)((?:\s+[a-z]{3,})+)[.\s]*$")
@@ -362,13 +373,17 @@ COMMAND = (
 )
 UNREADABLE = re.compile(
     r"[^\w\s.,+*/^=<>!|()\[\]{}\\&-]"  # other characters, such as ; and :
-    r"|\d\s+[\d.]|\d_\w"  # two numbers side by side; a base
+    r"|\d\s+[\d.]|\d_\w|\d\s*[eE]\s*[+-]?\d"  # two numbers side by side; a base; 1E9
     r"|\S\s*\\begin|\\end\{\w+\}\s*\S"  # a matrix with something beside it
-    r"|\^[^,=+*/-]*\^|\d{5,}\s*!|\^\s*\{?-?\d{4,}"  # powers and factorials that would take forever
+    # Powers and factorials that might take forever: 9^9^9, 9^(99), 9^{99!}, (9^9)^{99}, 9^9!, (99)!, 99999!
+    r"|\^\s*(?:\(|\w\s*\^|-?\d{4}|\{[^{}]*(?:[*!^]|\\cdot|\\times|\d{4}|\{[^{}]*[*!^]))"
+    r"|\)\s*\^\s*\{?\d\d|!.*\^|\^.*!|[)}]\s*!|\\l(?:og|n).*!|\d{5,}\s*!"
 )
+RELATION = r"<|>|\\(?:leq?|geq?|neq?)(?![a-z])"
 # The left-hand side of an equation that gives a value: a name, such as x, f(2), AB or area, or a calculation
-LETTER_OR_NAME = r"(?:[a-zA-Z]|[A-Z]{2,3}|[a-zA-Z]{3,})"
-VARIABLE = rf"\s*(?:\\(?:angle|triangle|overline)\s*)?\{{?{LETTER_OR_NAME}'?\}}?(?:_\w+)?(?:\([^()=]*\))?\s*"
+LETTER_OR_NAME = r"(?:[a-zA-Z]|[A-Z]{2,3}|[a-zA-Z]{3,}|\\(?:alpha|beta|gamma|theta|lambda|phi|omega))"
+ONE_NAME = rf"\s*(?:\\(?:angle|triangle|overline)\s*)?\{{?{LETTER_OR_NAME}'?\}}?(?:_\w+)?(?:\([^()=]*\))?\s*"
+VARIABLE = rf"(?!\s*{NOT_A_NAME}){ONE_NAME}(?:\+{ONE_NAME})*"  # such as m + n, too
 ARITHMETIC = r"(?:[\d\s.+*/()^{}-]|\\(?:frac|sqrt|cdot|times|div|pi)(?![a-zA-Z]))*"
 
 
@@ -388,8 +403,33 @@ def last_side(formula: str) -> str | None:
         return formula
     if "," in formula:  # a list of equations, as x = 1, y = 2
         return formula if all(re.fullmatch(VARIABLE, name) for name in re.findall(r"([^,=]*)=", formula)) else None
+    numbers = {number_of(side) for side in (first, *sides)} - {None}
     is_value = re.fullmatch(VARIABLE, first) or all(re.fullmatch(ARITHMETIC, side) for side in (first, *sides[:-1]))
-    return sides[-1] if is_value else None
+    return sides[-1] if is_value and len(numbers) <= 1 else None  # 17 = 18 gives no value, either
+
+
+def brackets(formula: str) -> str:
+    """The brackets around a list, or "" """
+    formula = formula.replace(" ", "")
+    return formula[:1] + formula[-1:] if formula[:1] in "([" and formula[-1:] in ")]" and "," in formula else ""
+
+
+def is_finished(formula: str, gold: str) -> bool:
+    r"""Whether a formula is worked out as far as the answer is. Else a model might copy it from the problem.
+
+    It has no number that is larger than those of the answer, and no other factorial: \sqrt{2940} is 14\sqrt{15}, but not
+    as an answer. Inequalities have a variable alone: x^2 < 4 is no answer for (-2, 2), but -2 < x < 2 is.
+    """
+    largest = max([float(number) for number in re.findall(r"\d+(?:\.\d+)?", gold)], default=1.0)
+    if any(float(number) > largest for number in re.findall(r"\d+(?:\.\d+)?", formula)):
+        return False
+    if "!" in formula and "!" not in gold:
+        return False
+    if re.search(RELATION, gold) or not re.search(RELATION, formula):
+        # Pairs and intervals have their brackets, and lists have none.
+        return brackets(formula) == brackets(gold) or bool(re.search("cup", gold))
+    constant = r"(?:[^a-zA-Z\\]|\\(?:frac|sqrt|pi|infty)(?![a-z]))*"
+    return re.fullmatch(rf"(?:{constant}(?:{RELATION}))?\s*[a-z]\s*(?:{RELATION}){constant}", formula) is not None
 
 
 def is_readable(formula: str) -> bool:
@@ -447,10 +487,12 @@ def is_right_formula(given: str | None, answer: str) -> float:
                              \text{Area} = 1/2 | x = 1 - 0.5 = 0.5
     wrong for \frac{1}{2}:   1 | \frac{1}{2}, 1 | \frac{1}{2} \text{ or } 1 | 2x = \frac{1}{2} | x > \frac{1}{2} | 1/3!
                              \frac{1}{2}s | \frac{1}{2} \text{ feet } 6 \text{ inches} | \frac{1}{2} \text{ and a half}
+                             \sqrt{0.25} | \frac{3}{4} - \frac{1}{4} | 0.5000001 | 1 = \frac{1}{2}
 
-    It is right if it is spelled in the same way, but for spaces, commands of LaTeX that only change the looks, and a
-    unit. Otherwise math_verify compares the two, if it can read all of them. It compares lists as a whole: "3 or 4" is
-    right for "3, 4", but not for 3, or a model would learn to list guesses.
+    A number is compared as in GSM8K. Anything else is right if it is spelled in the same way, but for spaces, commands of
+    LaTeX that only change the looks, and a unit. Otherwise math_verify compares the two, if it can read all of them, and
+    if the given one is worked out. It compares lists as a whole: "3 or 4" is right for "3, 4", but not for 3, or a model
+    would learn to list guesses.
     """
     import math_verify  # noqa: F401 - if it is missing, this is said before any work, when rows are tried
 
@@ -461,13 +503,20 @@ def is_right_formula(given: str | None, answer: str) -> float:
     gold = normal(gold_answer(answer))
     if not gold:
         raise ValueError(f"the answer {answer!r} is empty, or has nothing in its box or behind its ####")
-    formula = normal(given or "")
+    if not given or len(given) > 300:
+        return 0.0
+    formula = normal(given)
     if "=" not in gold:
         formula = last_side(formula) or ""
+    if not re.search("[a-zA-Z]", gold.replace(r"\frac", "")) and number_of(gold) is not None:
+        # A number is compared as in GSM8K, so that it is worked out. But a single letter may be a variable.
+        has_variable = re.search(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", formula)
+        return float(not has_variable and number_of(formula) == number_of(gold))
     base = re.fullmatch(r"(\w+)_\d+", gold)
     if formula and (is_same(formula, gold) or (base and is_same(formula, base[1]))):  # of 28_9 the base may be left out
         return 1.0
-    if not formula or len(formula) > 300 or not (is_readable(formula) and is_readable(gold)):
+    is_word = re.fullmatch(r"[a-zA-Z .'-]*[a-zA-Z]{2}[a-zA-Z .'-]*", gold)
+    if not formula or is_word or not (is_readable(formula) and is_readable(gold) and is_finished(formula, gold)):
         return 0.0
     return float(within(2, lambda: are_equal(gold, formula)))
 

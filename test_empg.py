@@ -1006,8 +1006,8 @@ BOXES = {
 18 :: 36/2 | \frac{36}{2} | \dfrac{36}{2} | \frac{54}3 | 18/1 :: 3 \times 6 | 18^2 | 18! | 18x | \sqrt{18} | \frac{1}{18} | 36/2/1 | 18/0
 18 :: 18 \text{ dollars} | 18 \text {dollars} | 18\text{ km/h} | 18 \mathrm{~km/h} | 18 km/h | 18 cm^2 | 18\text{ m}^{2} :: 19 km/h | 18 m 5 cm | 18^2 cm
 18 :: 18 kilometers | $18 more muffins | 18 dollars per day | \$18/hour | 18^\circ | 18 a day :: 8 kilometers | 18 - tax | 18 a | 18 x | 18 or so
-18 :: 18 \text{ in all} :: 18 \text{ thousand} | 18 dozen | 18k | 18M | 18 and a half | 18 squared | 18 million | 18 hundredths | 18 \text{ if } x \text{ is odd}
-18 :: x = 18 | \text{Total} = 18 \text{ dollars} | 2 \cdot 9 = 18 | x = 20 - 2 = 18 | Total: 18 :: 18 = 2 \cdot 9 | 2x = 18 | x^2 = 18 | -x = 18 | cost - 5 = 18
+18 :: 18 \text{ in all} | \boxed{18} | 18^\circ \text{C} | 18 for the two of them | 9*2 = <<9*2=18>>18 :: 18?? | 18 or not | 18 below zero | negative 18 | 17 \boxed{18} | \boxed{17}\boxed{18} | 18 squared dollars | 18 \text{ thousand} | 18 dozen | 18k | 18M | 18 and a half | 18 squared | 18 million | 18 hundredths | 18 \text{ if } x \text{ is odd}
+18 :: x = 18 | \text{Total} = 18 \text{ dollars} | 2 \cdot 9 = 18 | x = 20 - 2 = 18 | Total: 18 :: 18 = 2 \cdot 9 | 2x = 18 | x^2 = 18 | -x = 18 | cost - 5 = 18 | half = 18 | cost or x = 18
 18 :: 20 \text{ dollars} - 2 \text{ dollars} = 18 \text{ dollars} :: A = 5, B = 18 | x = 3 \text{ or } x = 18 | x = 3 \quad x = 18 | x=3 x=18 | x \ge 18 | x \ne 18
 18 :: 18 :: 17, 18 | \{17, 18\} | 17 or 18 muffins | 17 \text{ or } 18 | 18 \text{ or 19} | 18 and nineteen | 17-18 | 17–18 | 17; 18 | \pm 18 | \approx 18 | 17 18
 1800 :: 1800 | 1,800 | 1{,}800 | 1,\!800 | 1\,800 | \$1,800.00 :: 1 | 800 | 1, 800 | 1 800 | 18,00 | 1,800,1 | 1{,}801
@@ -1019,8 +1019,9 @@ BOXES = {
 5 :: 5\text{ m} :: 5 \text{ dollars}, 6 \text{ dollars} | 5 \text{ to } 6 | 5 \text{ if } x > 0, 4 \text{ otherwise} | 5 \text{ pounds } 8 \text{ ounces} | 5\text{m }20\text{s}
 """,
     "math-hard": r"""
-5 :: 5 | 5.0 | 5. | x = 5 | 3+2 = 5 | \text{Area} = 5 | 5 \text{ cm}^2 | \$5 | \sqrt{25} | \boxed{5} :: 6 | -5 | x \ge 5 | 5x
-18 :: A = 18 | f(2) = 18 | x = 9 \cdot 2 = 18 | AB = 18 | a_1 = 18 | \frac{36}{2} | 6 \cdot 3 :: 2x = 18 | x^2 = 18 | -x = 18 | \log x = 18 | x + 1 = 18 | x = 18 = y
+5 :: 5 | 5.0 | 5. | x = 5 | 3+2 = 5 | \text{Area} = 5 | 5 \text{ cm}^2 | \$5 | m + n = 5 | \boxed{5} | 5 cm :: 6 | -5 | x \ge 5 | 5x | 4 = 5 | x = 4 = 5 | \text{half} = 5
+18 :: 18 | \frac{36}{2} | 36/2 | \theta = 18 | 18.0 :: \sqrt{324} | 6 \cdot 3 | \sqrt[3]{5832} | \binom{18}{17} | 3!+12 | \log_2 2^{18} | 17+1 | 1.8E1 | 18.0000001
+18 :: A = 18 | f(2) = 18 | x = 9 \cdot 2 = 18 | AB = 18 | a_1 = 18 :: 2x = 18 | x^2 = 18 | -x = 18 | \log x = 18 | x + 1 = 18 | x = 18 = y
 18 :: 18 \text{ inches} | 18 kilometers | 18 \mathrm{ cm} | 18 \text {dollars} :: 18 \text{ and a half} | 18 \text{ feet } 6 \text{ inches} | 18 \text{ thousand}
 18 :: 18 :: 18 \text{ dollars}, 19 \text{ dollars} | 18 \mbox{ or } 19 | \mathrm{18~or~19} | 18s | 18 h | 18_9 | 18! | 18 + x | 1 8
 3 :: 3 :: 3, 4 | 3 \text{ or } 4 | 3 or 4 | \{3, 4\} | (3, 4) | 3 \quad 4 | 3; 4 | \pm 3 | 3 \text{ or 4} | x = 3, x = 4 | 3:4 | x = (3, 4)
@@ -1028,9 +1029,11 @@ BOXES = {
 22^\circ :: 22 | 22^{\circ} | 22 \text{ degrees} | 22° | 22 degrees :: 23^\circ | 22^2 | 22^\circ \text{ or } 158^\circ | -22 | 22^\circ, 23^\circ
 \text{(A)} :: A | (A) | \textbf{(A)} | \text{A} | \mathrm{A} :: B | \text{(B)} | A, B | \text{A or B} | \text{(AB)}
 \text{Evelyn} :: Evelyn | \text{Evelyn} | \textbf{Evelyn} | \mathrm{Evelyn} | \text{ Evelyn } :: \text{Evelyn or Carla} | \text{Carla} | E | \text{Evelyn, Carla} | x
+3 \text{ or more} :: 3 \text{ or more} :: 3 | 4 | 3, 4
 D, E :: D,E | E, D | \text{D, E} | \text{D and E} | D \text{ and } E :: D | D, F | D, E, F | \text{D or F} | E
-0,1 :: 1,0 | \{0,1\} | 0 \text{ and } 1 | x = 0 \text{ or } x = 1 | 0, 1 :: 0 | 0,2 | 0,1,2 | 0 \text{ or } 2 | (1, 0, 1)
-2s :: 2 s | 2 \cdot s | s \cdot 2 | s+s | 2s. :: 2 | 2t | \$2 | 4 | 2 \text{ s}^2
+0,1 :: 1,0 | \{0,1\} | 0 \text{ and } 1 | x = 0 \text{ or } x = 1 | 0, 1 :: 0 | 0,2 | 0,1,2 | 0 \text{ or } 2 | (1, 0, 1) | 2x = 0, 1 | x^2 = 0, 1
+12x :: 12x | 12 x | 12 \cdot x | x \cdot 12 | 6x+6x :: 1 2x | 12 | 12y | 2x | 12x^2
+2s :: 2 s | 2 \cdot s | s \cdot 2 | s+s | 2s. :: \overline{2s} | 2 | 2t | \$2 | 4 | 2 \text{ s}^2
 \pi r^2 h :: \pi h r^2 | h \pi r^2 | \pi r^2h | r^2 h \pi | \pi \cdot r^2 \cdot h :: \pi r^2 | \pi r^2 d | r^2 h | \pi r h | \pi r^2 \text{ h}
 9\pi :: 9π | 9 \pi \text{ cm}^2 | A = \pi r^2 = 9\pi | 9 \cdot \pi | \pi \cdot 9 :: 9 | 9\pi r | 28.27 | \pi | 9 + \pi
 28_9 :: 28_9 | 28_{9} | 28 | x = 28_9 | 28_{9}. :: 28_8 | 28_{10} | 27_9 | 26 | 28_9, 1
@@ -1042,10 +1045,15 @@ D, E :: D,E | E, D | \text{D, E} | \text{D and E} | D \text{ and } E :: D | D, F
 1800 :: 1800 | 1,800 | 1\,800 | 1{,}800 | 1,\!800 :: 1 | 800 | 1, 800 | 180 | 18{,}00
 (-\infty, 2) \cup (3, \infty) :: x < 2 \text{ or } x > 3 | (-\infty,2)\cup(3,\infty) | x<2 or x>3 | t < 2 \text{ or } t > 3 :: x < 2 | x < 3 \text{ or } x > 2 | x \le 2 \text{ or } x \ge 3
 [0, 1) :: [0,1) | [0, 1) | \left[0,1\right) | x \in [0,1) | 0 \le x < 1 :: (0,1) | [0,1] | 0, 1 | x \ge 0 | x^2 = [0,1)
-(3, 4) :: (3,4) | (3, 4) | \left(3,4\right) | (x,y) = (3,4) | (6/2, 4) :: 3, 4, 5 | (4,3) | 3 | (3, 4, 5) | x^2 = (3,4)
+(3, 4) :: (3,4) | (3, 4) | \left(3,4\right) | (x,y) = (3,4) | (A, B) = (3, 4) :: 3, 4, 5 | (4,3) | 3 | (3, 4, 5) | x^2 = (3,4) | 3, 4 | \{3,4\} | [3,4] | y=4, x=3
+(-2, 2) :: (-2,2) | -2 < x < 2 | \left(-2,2\right) | x \in (-2,2) | (-2, 2). :: x^2 < 4 | |x| < 2 | -4 < 2x < 4 | -2 \le x \le 2 | x < 2 | \{-2, 2\} | -2, 2
+14\sqrt{15} :: 14 \sqrt{15} | 14 \cdot \sqrt{15} | \sqrt{15} \cdot 14 | x = 14\sqrt{15} | 14\sqrt{15} \text{ cm} :: \sqrt{2940} | 14\sqrt{16} | 15\sqrt{14} | 14 | \sqrt{7!}
+4(3-x)(3+x) :: 4(3+x)(3-x) | 4 (3 - x) (3 + x) | (3-x) \cdot 4(3+x) | 4(x+3)(3-x) | -4(x-3)(x+3) :: 36-4x^2 | 4(9-x^2) | (3-x)(3+x) | 4(3-x) | 4(3-x)(3-x)
+\frac{x^2}{16}-\frac{y^2}{9}=1 :: \frac{x^2}{4^2}-\frac{y^2}{3^2}=1 | \frac{x^2}{16} - \frac{y^2}{9} = 1 :: \frac{x^2}{9}-\frac{y^2}{16}=1 | \frac{x^2}{16}+\frac{y^2}{9}=1 | 1
+\text{Monday} :: Monday | \text{Monday} | \textbf{Monday} | \mathrm{Monday} | \text{ Monday } :: noMday | \text{Tuesday or } = Monday | Tuesday | \text{Monday or Tuesday} | M
 x^2+2x+1 :: (x+1)^2 | 1 + 2x + x^2 | x(x+2)+1 | y = x^2+2x+1 | (1+x)(1+x) :: x^2+2x | (x+1) | x^2+2x+1, 1 | (x+1)^3 | x^2 + 2x + 2
 y = 2x+3 :: y=3+2x | 2x + 3 = y | y = 2x + 3. | y-3=2x | 2x+3 :: y = 2x - 3 | y = 2x | y = 3x+2 | x = 2y+3 | 0
-14 - i :: 14 - 1.0i | 14-i | -i + 14 | 14 - 1i | 28/2 - i :: 14 + i | 14 | -i | 14 - 2i | 14i
+14 - i :: 14 - 1.0i | 14-i | -i + 14 | 14 - 1i | z = 14 - i :: 14 + i | 14 | -i | 14 - 2i | 14i
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} :: \begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix} :: -\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix}s | \begin{pmatrix} 2 \\ 1 \end{pmatrix}
 """,
 }
@@ -1075,11 +1083,11 @@ The final answer is $18.50. :: 18.5 | So the answer is 144 - 24 = 120. :: 120 | 
 The final answer is:¶\[ 18 \] :: 18 | The answer is 18, which is what was asked for. :: 18 | The answer is 1/2. :: 0.5 | The answer is −5. :: -5
 The answer is 17 or 18. :: None | The answer is 18, 19 or 20. :: None | The answer is not 18. :: None | The answer is 5:30 PM. :: None
 The answer is 18 = 2 * 9. :: None | The answer is 18 thousand. :: None | The answer is between 17 and 18. :: None | The answer is 2x = 18. :: None
-So she arrives at 5:00 PM. :: 5 | So each gets 2 1/2 hours. :: 2.5 | So he eats 1/4. :: 0.25 | It is −5 degrees. :: -5 | There are 5 * 241 = 1,205 boxes :: 1205
-10-3 :: None | 18 = 2 * 9 :: None | It is 17 or 18. :: None | pages 17-18 :: None | from 17 to 18 :: None | 17 and 18 :: None | 16, 17, 18 :: None
+The answer is 18 because 9*2 is 18. :: 18 | So she makes <<9*2=18>>18 dollars. :: 18 | So she arrives at 5:00 PM. :: 5 | So each gets 2 1/2 hours. :: 2.5 | So he eats 1/4. :: 0.25 | It is −5 degrees. :: -5 | There are 5 * 241 = 1,205 boxes :: 1205
+10-3 :: None | there are 10 -3 :: None | * 18 apples :: 18 | #### Step 2: Find it¶So it is 18. :: 18 | 18 = 2 * 9 :: None | It is 17 or 18. :: None | pages 17-18 :: None | from 17 to 18 :: None | 17 and 18 :: None | 16, 17, 18 :: None
 on the 18th :: None | in row B18 :: None | 18 thousand :: None | 3 * 6 :: None | at 5:30 :: None | 2024-05-18 :: None | 18 and a half :: None | x - 18 :: None
 \boxed{5}. No: \boxed{18}, I hope. 7 :: 18 | so $\boxed {18}$. :: 18 | so $\boxed 18$. :: 18 | so \boxed{18}. I put it in \boxed{}. :: 18
-\boxed{17} or \boxed{18} :: None | \boxed{17}, \boxed{18} :: None | $x = \boxed{17}$ or $x = \boxed{18}$ :: None | no idea :: None
+\boxed{17} or \boxed{18} :: None | \boxed{17}, \boxed{18} :: None | \boxed{17}, \boxed{}, \boxed{18} :: None | $x = \boxed{17}$ or $x = \boxed{18}$ :: None | no idea :: None
 She sells 12 in the morning and 4… :: None | 2 steps: 1. Add. 2. Take away… :: None | The answer is 18… :: None | The answer is 18 dol… :: None
 The answer is 18. Let me check… :: 18 | so \boxed{18}. 2. Check… :: 18 | so \boxed{18… :: None | \boxed{5} or \boxed{18… :: None
 """
@@ -1211,7 +1219,7 @@ def wrong_formulas(gold: str):
 def right_formulas(gold: str):
     """The same answer as models write it."""
     yield from (gold, f" {gold} ", f"{gold}.", f"${gold}$", gold.replace(r"\frac", r"\dfrac"), rf"\displaystyle {gold}")
-    yield from (gold.replace(",", ", "), gold.replace("+", " + "))
+    yield from (re.sub(r",(?!\\!)", ", ", gold), gold.replace("+", " + "))
     if not re.search(r"[=,<>]|\\(?:text|cup|[lg]e)", gold):
         yield from (f"x = {gold}", rf"\text{{Area}} = {gold}", rf"{gold} \text{{ cm}}", rf"{gold} \text{{ cm}}^2")
 
@@ -1262,7 +1270,27 @@ def test_gold_answers(name, task):
 
 STRANGE = [*"\\²½{}$%^_=٣", r"9^{9^{9}}", r"\sum_{k=1}^{10^9}k^{99}", "}{", "1/0", "1e999", r"\frac{", r"\text{", "\0"]
 STRANGE += ["\ud800", " ", r"\text{" * 40 + "}" * 40, "(" * 100]
-STRANGE += [text * (20_000 // len(text)) for text in (r"\frac{", r"\boxed{", "1,", "9", r"\text{or 1} ")]
+STRANGE += [
+    text * (20_000 // len(text))
+    for text in (r"\frac{", r"\boxed{", "1,", "9", r"\text{or 1} ", "1 1/1 ", "it's ", "####")
+]
+STRANGE += [
+    "5 " + "it's " * 50 + "1",
+    r"5 \text{" + "it's " * 50 + "1}",
+    r"1}" + " " * 9_000 + r"\boxed{2",
+    "1E999999999",
+    "9^{9*9^9}",
+]
+STRANGE += [
+    "9^{99!}",
+    "(9^9)!",
+    r"\log(9999!)",
+    "9^9*9^9*9^9!",
+    "2^{9*9^9}x",
+    r"\sqrt{2}^{9*9^9}",
+    "10^{999*999*999}",
+    "((9^{99})^{99})^{99}",
+]
 
 
 @pytest.mark.parametrize("task", [GSM8K, MATH], ids=["gsm8k", "math-hard"])
