@@ -477,7 +477,9 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
         # same attribute. A model without DDP ignores it.)
         policy.require_backward_grad_sync = i == len(my_parts) - 1
         # In bfloat16 a pass is faster. θ and its gradient are in float32 all the same.
-        with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        # (Each weight is used once in a pass. So its bfloat16 copy need not be kept for a second time.)
+        in_bfloat16 = config.dtype == "bfloat16"
+        with torch.autocast(config.device, torch.bfloat16, enabled=in_bfloat16, cache_enabled=False):
             loss, kl = micro_batch_loss(policy, part, config, reference)
         # DDP and FSDP average the gradients of the processes, but we need their sum: hence the factor WORLD_SIZE.
         (WORLD_SIZE * my_shares[i] * loss).backward()
@@ -814,7 +816,7 @@ def fail_together(errors: list[str], made_group: bool) -> None:
         fail(errors[0])
 
 
-def start_processes(device) -> bool:
+def start_processes(device, dtype="float32") -> bool:
     """Sets up the device and a process group, which FSDP needs even for one process.
 
     Returns: False if there already is a group. Then a program that calls `main` has made it, and has to end it, too.
@@ -824,6 +826,15 @@ def start_processes(device) -> bool:
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if found[device] < num_processes:
         fail(f"--device {device}: torch finds {found[device]} here for {num_processes} processes; try --device cpu")
+    capabilities = torch.cpu.get_capabilities()
+    if (
+        device == "cpu"
+        and dtype == "bfloat16"
+        and not (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    ):
+        say(
+            "This processor cannot multiply bfloat16, and emulates it hundreds of times more slowly: try --dtype float32."
+        )
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         # For attention with a mask, newer GPUs would take cuDNN's kernel. It is reported to prepare half a second for
@@ -831,14 +842,21 @@ def start_processes(device) -> bool:
         torch.backends.cuda.enable_cudnn_sdp(False)
     if dist.is_initialized():
         return False
-    # Processes find each other's addresses in a store, a dictionary that all of them read and write. torchrun's store
-    # outlives a restart (--max-restarts). New processes would find the addresses of those that died, and wait for them.
-    # So let the keys begin with the number of the restart.
+    # Processes find each other's addresses in a store, a dictionary that all of them read and write. If it is torchrun's
+    # own, it outlives a restart (--max-restarts). New processes would find the addresses of those that died, and wait for
+    # them. So let the keys begin with the number of the restart. But each machine counts its own restarts.
+    is_store_of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if is_store_of_torchrun and restarts and num_processes < WORLD_SIZE:
+        fail(
+            "--max-restarts, with several machines, needs the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
     timeout = timedelta(hours=1)  # in case one of the processes is slow to download the model
     store: dist.Store = dist.HashStore()  # for one process alone
     if WORLD_SIZE > 1:
         store, _, _ = next(dist.rendezvous("env://", RANK, WORLD_SIZE, timeout=timeout))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    if is_store_of_torchrun:
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     # On GPUs, gradients travel by NCCL (with FSDP, parameters as well), and everything else by gloo.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
@@ -947,7 +965,8 @@ def save_checkpoint(output, step, metrics, policy, optimizer) -> None:
 
 def load_checkpoint(output, policy, optimizer, config):
     """With --resume, restores the newest checkpoint. Returns its iteration and rows of metrics, or 0 and []."""
-    checkpoints = sorted(output.glob("checkpoint-*"))
+    # What the first process sees: another one may have an old list of the files.
+    checkpoints = gather([sorted(output.glob("checkpoint-*"))] if RANK == 0 else [])[0]
     if not config.resume or not checkpoints:
         return 0, []
     state = {"step": 0, "metrics": "", **checkpoint_state(policy, optimizer)}
@@ -982,6 +1001,9 @@ def hold_directory(output: Path, options: dict, made_group: bool) -> Iterator[No
     except (OSError, ValueError) as error:
         errors.append(str(error))
     try:
+        fail_together(errors, made_group)
+        if not (output / "config.json").exists():
+            errors = [f"--output {output}: is not the same directory on all machines"]
         fail_together(errors, made_group)
         yield
     finally:
@@ -1062,7 +1084,8 @@ METHOD = "EMPG"
 def device_and_precision(asked) -> tuple[Any, Any]:
     """The device to compute on, if it is not asked for, and the precision that suits it."""
     device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
-    return device, "bfloat16" if device == "cuda" else "float32"
+    is_fast = device == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, "bfloat16" if is_fast else "float32"
 
 
 def parse_options(argv) -> Config:
@@ -1076,7 +1099,7 @@ def parse_options(argv) -> Config:
     device, dtype = device_and_precision(asked.device)
     recipe: dict = {"task": "gsm8k", "device": device, "dtype": dtype}
     has_gpu = device == "cuda" and torch.cuda.is_available()
-    gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 if has_gpu else 0
+    gigabytes = torch.cuda.get_device_properties(LOCAL_RANK).total_memory / 1e9 if has_gpu else 0
     # A GPU that is sold with 24 GB has 22 or more.
     if asked.model is None and (asked.task == "sums" or (asked.task is None and gigabytes < 22)):
         recipe |= LAPTOP
@@ -1126,7 +1149,7 @@ def check_output(output: Path, options: dict) -> None:
 def main(argv=None) -> None:
     """Runs the command line, or `argv`."""
     config = parse_options(argv)
-    made_group = start_processes(config.device)
+    made_group = start_processes(config.device, config.dtype)
     # The name of the default output has the time in it: take the options of the first process.
     config = gather([config])[0]
     output = Path(config.output)

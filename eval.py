@@ -930,7 +930,7 @@ def main(argv: list[str] | None = None) -> None:
             report = draw_curves(options.curves, options.output or "curves.png")
         else:
             check_output(options.output)
-            made_group = empg.start_processes(options.device)
+            made_group = empg.start_processes(options.device, options.dtype)
             errors = []
             try:
                 prepared = prepare(options)

@@ -1954,6 +1954,49 @@ def test_torchrun_restarts_after_the_kill_of_a_rank(alone, tiny, tmp_path):
     same_metrics(metrics(run_alone), metrics(tmp_path / "run"))
 
 
+def test_restarts_need_a_store_of_their_own(monkeypatch, capfd):
+    """On several machines, restarts with torchrun's own store, in which new processes wait for those that died, are refused
+    in a line that names the remedy. One machine, or no restarts, or the remedy, are taken."""
+    monkeypatch.setattr(empg, "WORLD_SIZE", 2)
+
+    def rendezvous(*args, **keywords):
+        raise ConnectionError("as far as that")
+
+    monkeypatch.setattr(empg.dist, "rendezvous", rendezvous)
+    for own, restarts, here, is_refused in (
+        ("True", "3", "1", True),
+        ("False", "3", "1", False),
+        ("True", "0", "1", False),
+    ):
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", own)
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        if is_refused:
+            refuses(capfd, lambda argv: empg.start_processes("cpu"), [], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+        else:
+            with pytest.raises(ConnectionError, match="as far as that"):
+                empg.start_processes("cpu")
+
+
+@pytest.mark.skipif("EMPG_KILLS" not in os.environ, reason="takes a minute; set EMPG_KILLS")
+def test_restarts_on_several_machines(alone, tiny, tmp_path):
+    """Two torchruns, as on two machines, of whose processes one is killed: the run ends as one that nothing disturbed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+    more, _, run_alone = alone["plain"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-id=job", f"--rdzv-endpoint={endpoint}", __file__, "run_killed_once"]
+    words = [tmp_path / "killed", *options(tiny, tmp_path / "run", "--resume", **more, save_every=1)]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    how["env"] = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agents = [subprocess.Popen([*torchrun, *map(str, words)], **how) for _ in range(2)]
+    printed = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert (tmp_path / "killed").exists()
+    assert "Resuming after iteration 1" in "".join(printed)
+    same_metrics(metrics(run_alone), metrics(tmp_path / "run"))
+
+
 # ------------------------------ Bad input gets one clear line, exit code 2, before any long work ------------------------------
 
 
@@ -2398,8 +2441,31 @@ def test_a_plain_command_stands_for_what_suits_the_machine(gigabytes, words, exp
     memory = types.SimpleNamespace(total_memory=gigabytes * 1e9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gigabytes > 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     config = empg.parse_options(words.split())
     assert f"{Path(config.model).name} {config.task} {config.dtype}" == expected
+
+
+def test_bfloat16_where_it_is_slow(monkeypatch, tiny, capsys):
+    """A GPU without bfloat16 gets float32, and each process asks for the memory of its own GPU. A CPU that cannot multiply
+    bfloat16 is named in a line, and one that can is not."""
+    memory = types.SimpleNamespace(total_memory=80e9)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: asked.append(number) or memory)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(empg, "LOCAL_RANK", 3)
+    assert empg.parse_options([]).dtype == "float32"
+    assert set(asked) == {3}
+    for capabilities, dtype, is_said in (
+        ({}, "bfloat16", True),
+        ({"amx_bf16": True}, "bfloat16", False),
+        ({}, "float32", False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        if empg.start_processes("cpu", dtype):
+            empg.dist.destroy_process_group()
+        assert ("try --dtype float32" in capsys.readouterr().out) == is_said
 
 
 def test_devices_that_are_not_there(monkeypatch, tiny, tmp_path, capfd):
