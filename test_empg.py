@@ -1927,12 +1927,15 @@ def test_a_kill_within_a_save(alone, tiny, tmp_path):
 
 
 def run_killed_once(killed: str, *argv: str) -> None:
-    """A run whose second process kills itself once, just before it writes its share of a checkpoint."""
+    """A run whose second process kills itself once, just before it writes its share of a checkpoint. The first one is busy at
+    that time, as a GPU may be, and learns of it from torchrun, and not from a broken connection."""
 
     def save(state, **keywords):
-        if state["step"] == 2 and empg.RANK == 1 and not Path(killed).exists():
-            Path(killed).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if state["step"] == 2 and not Path(killed).exists():
+            if empg.RANK == 1:
+                Path(killed).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(4)
         original(state, **keywords)
 
     original, empg.dcp.save = empg.dcp.save, save
