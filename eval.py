@@ -153,9 +153,10 @@ SPELLINGS = [
     (r"(?<=\d)(?:\{,\}|,?\\!|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\[,:;! ]|~", " "),
     (r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|°)\s*(?:[CF]\b|\\text\{\s*[CF]\s*\})?|\\?%", ""),
-    (r"\\?\$|[€£¥₹]", " "),
+    (r"\\?\$|[€£¥₹¢]", " "),
     (r"[\u2012\u2013\u2212]", "-"),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\[dtc]?frac(?![a-zA-Z])\s*", r"\\frac"),
+    (r"(\\frac\{[^{}]*\})\s+(?=\{)", r"\1"),
     (r"\\frac\s*(\d|\\[a-zA-Z]+)\s*(\d|\\[a-zA-Z]+)", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(\d|\\[a-zA-Z]+)\s*(?=\{)", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
@@ -361,6 +362,8 @@ FORMULA = [
     (r"^\s*\([a-zA-Z](?:\s*,\s*[a-zA-Z])+\)\s*=(?=\s*\()", ""),  # names: (x, y) = (3, 4)
     (rf"^\s*\\text\s*\{{(?![^{{}}]*{NOT_A_NAME})[^{{}}\d]*\}}\s*=", ""),  # a name
     (r"^\s*\\text\s*\{\s*([^{}]*)\}\s*$", r"\1"),  # nothing but words
+    (r"^\s*\{([^{}]*)\}\s*$", r"\1"),
+    (r"(\\(?:pi|sqrt)(?![a-zA-Z]).*?)\s*\\approx\s*[\d.]+\s*$", r"\1"),
 ]
 # A unit behind a formula, in \text{}, or in plain words behind a number
 LAST_WORDS = re.compile(r"(?<=[\w})])\s*\\text\s*\{([^{}]*)\}(?:\^[23])?[.\s]*$|(?<=\d)((?:\s+[a-z]{3,})+)[.\s]*$")
@@ -374,11 +377,13 @@ COMMAND = (
 UNREADABLE = re.compile(
     r"[^\w\s.,+*/^=<>!|()\[\]{}\\&-]"  # other characters, such as ; and :
     r"|\d\s+[\d.]|\d_\w|\d\s*[eE]\s*[+-]?\d"  # two numbers side by side; a base; 1E9
+    r"|\[\s*-?\\infty|\\infty\s*\]"  # infinity is in no interval
     r"|\S\s*\\begin|\\end\{\w+\}\s*\S"  # a matrix with something beside it
     # Powers and factorials that might take forever: 9^9^9, 9^(99), 9^{99!}, (9^9)^{99}, 9^9!, (99)!, 99999!
     r"|\^\s*(?:\(|\w\s*\^|-?\d{4}|\{[^{}]*(?:[*!^]|\\cdot|\\times|\d{4}|\{[^{}]*[*!^]))"
     r"|\)\s*\^\s*\{?\d\d|!.*\^|\^.*!|[)}]\s*!|\\l(?:og|n).*!|\d{5,}\s*!"
 )
+FUNCTION = r"!|\\(?:log|ln|exp|binom|arc\w+|sin|cos|tan|cot|sec|csc)(?![a-z])"
 RELATION = r"<|>|\\(?:leq?|geq?|neq?)(?![a-z])"
 # The left-hand side of an equation that gives a value: a name, such as x, f(2), AB or area, or a calculation
 LETTER_OR_NAME = r"(?:[a-zA-Z]|[A-Z]{2,3}|[a-zA-Z]{3,}|\\(?:alpha|beta|gamma|theta|lambda|phi|omega))"
@@ -401,8 +406,9 @@ def last_side(formula: str) -> str | None:
     first, *sides = re.split(r"(?<![<>!\\])=", formula)
     if not sides:
         return formula
-    if "," in formula:  # a list of equations, as x = 1, y = 2
-        return formula if all(re.fullmatch(VARIABLE, name) for name in re.findall(r"([^,=]*)=", formula)) else None
+    if "," in formula:  # a list of values, as x = 1, x = 2
+        names = {name.strip() for name in re.findall(r"([^,=]*)=", formula)}
+        return formula if len(names) == 1 and re.fullmatch(VARIABLE, *names) else None
     numbers = {number_of(side) for side in (first, *sides)} - {None}
     is_value = re.fullmatch(VARIABLE, first) or all(re.fullmatch(ARITHMETIC, side) for side in (first, *sides[:-1]))
     return sides[-1] if is_value and len(numbers) <= 1 else None  # 17 = 18 gives no value, either
@@ -417,13 +423,24 @@ def brackets(formula: str) -> str:
 def is_finished(formula: str, gold: str) -> bool:
     r"""Whether a formula is worked out as far as the answer is. Else a model might copy it from the problem.
 
-    It has no number that is larger than those of the answer, and no other factorial: \sqrt{2940} is 14\sqrt{15}, but not
-    as an answer. Inequalities have a variable alone: x^2 < 4 is no answer for (-2, 2), but -2 < x < 2 is.
+    It has no more numbers than the answer, and no larger ones; no other functions; and no decimals for a root:
+    \sqrt{2940} and \sqrt{14 \cdot 14 \cdot 15} are 14\sqrt{15}, but not as an answer. Inequalities have a variable alone:
+    x^2 < 4 is no answer for (-2, 2), but -2 < x < 2 is.
     """
-    largest = max([float(number) for number in re.findall(r"\d+(?:\.\d+)?", gold)], default=1.0)
-    if any(float(number) > largest for number in re.findall(r"\d+(?:\.\d+)?", formula)):
+    numbers, gold_numbers = (
+        [float(number) for number in re.findall(r"\d+(?:\.\d+)?", each)] for each in (formula, gold)
+    )
+    if r"\pm" in gold:
+        gold_numbers *= 2  # it may be written as a list
+    if max(numbers, default=0) > max(gold_numbers, default=1):
         return False
-    if "!" in formula and "!" not in gold:
+    # A factor of 1, as in \frac{1}{2}x, is not counted.
+    ones = numbers.count(1) - gold_numbers.count(1)
+    if ones > 1 or len(numbers) - numbers.count(1) > len(gold_numbers) - gold_numbers.count(1):
+        return False
+    if set(re.findall(FUNCTION, formula)) - set(re.findall(FUNCTION, gold)):
+        return False
+    if re.search(r"\\(?:sqrt|pi)", gold) and re.search(r"\d\.\d", formula) and "." not in gold:
         return False
     if re.search(RELATION, gold) or not re.search(RELATION, formula):
         # Pairs and intervals have their brackets, and lists have none.

@@ -1020,7 +1020,7 @@ BOXES = {
 """,
     "math-hard": r"""
 5 :: 5 | 5.0 | 5. | x = 5 | 3+2 = 5 | \text{Area} = 5 | 5 \text{ cm}^2 | \$5 | m + n = 5 | \boxed{5} | 5 cm :: 6 | -5 | x \ge 5 | 5x | 4 = 5 | x = 4 = 5 | \text{half} = 5
-18 :: 18 | \frac{36}{2} | 36/2 | \theta = 18 | 18.0 :: \sqrt{324} | 6 \cdot 3 | \sqrt[3]{5832} | \binom{18}{17} | 3!+12 | \log_2 2^{18} | 17+1 | 1.8E1 | 18.0000001
+18 :: 18 | \frac{36}{2} | \frac {36} {2} | {18} | 36/2 | \theta = 18 | 18.0 :: \sqrt{324} | 6 \cdot 3 | \sqrt[3]{5832} | \binom{18}{17} | 3!+12 | \log_2 2^{18} | 17+1 | 1.8E1 | 18.0000001
 18 :: A = 18 | f(2) = 18 | x = 9 \cdot 2 = 18 | AB = 18 | a_1 = 18 :: 2x = 18 | x^2 = 18 | -x = 18 | \log x = 18 | x + 1 = 18 | x = 18 = y
 18 :: 18 \text{ inches} | 18 kilometers | 18 \mathrm{ cm} | 18 \text {dollars} :: 18 \text{ and a half} | 18 \text{ feet } 6 \text{ inches} | 18 \text{ thousand}
 18 :: 18 :: 18 \text{ dollars}, 19 \text{ dollars} | 18 \mbox{ or } 19 | \mathrm{18~or~19} | 18s | 18 h | 18_9 | 18! | 18 + x | 1 8
@@ -1031,25 +1031,26 @@ BOXES = {
 \text{Evelyn} :: Evelyn | \text{Evelyn} | \textbf{Evelyn} | \mathrm{Evelyn} | \text{ Evelyn } :: \text{Evelyn or Carla} | \text{Carla} | E | \text{Evelyn, Carla} | x
 3 \text{ or more} :: 3 \text{ or more} :: 3 | 4 | 3, 4
 D, E :: D,E | E, D | \text{D, E} | \text{D and E} | D \text{ and } E :: D | D, F | D, E, F | \text{D or F} | E
-0,1 :: 1,0 | \{0,1\} | 0 \text{ and } 1 | x = 0 \text{ or } x = 1 | 0, 1 :: 0 | 0,2 | 0,1,2 | 0 \text{ or } 2 | (1, 0, 1) | 2x = 0, 1 | x^2 = 0, 1
-12x :: 12x | 12 x | 12 \cdot x | x \cdot 12 | 6x+6x :: 1 2x | 12 | 12y | 2x | 12x^2
+0,1 :: 1,0 | \{0,1\} | 0 \text{ and } 1 | x = 0 \text{ or } x = 1 | 0, 1 :: 0 | 0,2 | 0,1,2 | 0 \text{ or } 2 | (1, 0, 1) | 2x = 0, 1 | x^2 = 0, 1 | x=0, y=1
+\pm 7 :: \pm 7 | 7, -7 | -7, 7 | x = \pm 7 | 7 \text{ or } -7 :: 7 | -7 | \pm 8 | 7, 7, -8 | 0
+12x :: 12x | 12 x | 12 \cdot x | x \cdot 12 | y = 12x :: 6x+6x | (6+6)x | 1 2x | 12 | 12y | 2x | 12x^2
 2s :: 2 s | 2 \cdot s | s \cdot 2 | s+s | 2s. :: \overline{2s} | 2 | 2t | \$2 | 4 | 2 \text{ s}^2
 \pi r^2 h :: \pi h r^2 | h \pi r^2 | \pi r^2h | r^2 h \pi | \pi \cdot r^2 \cdot h :: \pi r^2 | \pi r^2 d | r^2 h | \pi r h | \pi r^2 \text{ h}
-9\pi :: 9π | 9 \pi \text{ cm}^2 | A = \pi r^2 = 9\pi | 9 \cdot \pi | \pi \cdot 9 :: 9 | 9\pi r | 28.27 | \pi | 9 + \pi
+9\pi :: 9π | 9 \pi \text{ cm}^2 | A = \pi r^2 = 9\pi | 9 \cdot \pi | \pi \cdot 9 | 9\pi \approx 28.3 :: \pi 3^2 | \pi \cdot (1+2)^2 | 9 | 9\pi r | 28.27 | \pi | 9 + \pi
 28_9 :: 28_9 | 28_{9} | 28 | x = 28_9 | 28_{9}. :: 28_8 | 28_{10} | 27_9 | 26 | 28_9, 1
 \frac{1}{2004!} :: \frac{1}{2004!} | \dfrac{1}{2004!} | 1/2004! | \frac1{2004!} | x = \frac{1}{2004!} :: \frac{1}{2006!} | \frac{1}{2003!} | -\frac{1}{2004!} | 0 | \frac{2}{2004!}
-10^{-9} :: 10^{-9} | \frac{1}{10^9} | 0.000000001 | 10 \cdot 10^{-10} | 1 / 10^9 :: 10^{-8} | 0 | 2 \cdot 10^{-9} | -10^{-9} | 10^9
+10^{-9} :: 10^{-9} | 0.000000001 | \frac{1}{10^9} | 1 / 10^9 | x = 10^{-9} :: 10 \cdot 10^{-10} | 10^{-8} | 0 | 2 \cdot 10^{-9} | -10^{-9} | 10^9
 \frac \pi4 + 2 - \sqrt2 :: \frac{\pi}{4} + 2 - \sqrt{2} | 2-\sqrt2+\frac{\pi}{4} | \frac\pi4+2-\sqrt 2 :: \frac{\pi}{4} | 2 | \frac{\pi}{4}+2+\sqrt2
 \frac{8}{3} :: 2 2/3 | 2\frac{2}{3} | 8/3 | \tfrac83 | \frac{16}{6} :: 2 | \frac43 | 2 \cdot 2/3 | 2, 2/3 | 2.66
 237.5\% :: 237.5 | 237.5\% | 237.5% | 237.50 | \frac{475}{2} :: 238 | 23.75 | 237 | 237.5, 1 | -237.5
 1800 :: 1800 | 1,800 | 1\,800 | 1{,}800 | 1,\!800 :: 1 | 800 | 1, 800 | 180 | 18{,}00
-(-\infty, 2) \cup (3, \infty) :: x < 2 \text{ or } x > 3 | (-\infty,2)\cup(3,\infty) | x<2 or x>3 | t < 2 \text{ or } t > 3 :: x < 2 | x < 3 \text{ or } x > 2 | x \le 2 \text{ or } x \ge 3
+(-\infty, 2) \cup (3, \infty) :: x < 2 \text{ or } x > 3 | (-\infty,2)\cup(3,\infty) | x<2 or x>3 | t < 2 \text{ or } t > 3 :: x < 2 | [-\infty,2) \cup (3,\infty) | x < 3 \text{ or } x > 2 | x \le 2 \text{ or } x \ge 3
 [0, 1) :: [0,1) | [0, 1) | \left[0,1\right) | x \in [0,1) | 0 \le x < 1 :: (0,1) | [0,1] | 0, 1 | x \ge 0 | x^2 = [0,1)
 (3, 4) :: (3,4) | (3, 4) | \left(3,4\right) | (x,y) = (3,4) | (A, B) = (3, 4) :: 3, 4, 5 | (4,3) | 3 | (3, 4, 5) | x^2 = (3,4) | 3, 4 | \{3,4\} | [3,4] | y=4, x=3
 (-2, 2) :: (-2,2) | -2 < x < 2 | \left(-2,2\right) | x \in (-2,2) | (-2, 2). :: x^2 < 4 | |x| < 2 | -4 < 2x < 4 | -2 \le x \le 2 | x < 2 | \{-2, 2\} | -2, 2
-14\sqrt{15} :: 14 \sqrt{15} | 14 \cdot \sqrt{15} | \sqrt{15} \cdot 14 | x = 14\sqrt{15} | 14\sqrt{15} \text{ cm} :: \sqrt{2940} | 14\sqrt{16} | 15\sqrt{14} | 14 | \sqrt{7!}
-4(3-x)(3+x) :: 4(3+x)(3-x) | 4 (3 - x) (3 + x) | (3-x) \cdot 4(3+x) | 4(x+3)(3-x) | -4(x-3)(x+3) :: 36-4x^2 | 4(9-x^2) | (3-x)(3+x) | 4(3-x) | 4(3-x)(3-x)
-\frac{x^2}{16}-\frac{y^2}{9}=1 :: \frac{x^2}{4^2}-\frac{y^2}{3^2}=1 | \frac{x^2}{16} - \frac{y^2}{9} = 1 :: \frac{x^2}{9}-\frac{y^2}{16}=1 | \frac{x^2}{16}+\frac{y^2}{9}=1 | 1
+14\sqrt{15} :: 14 \sqrt{15} | 14 \cdot \sqrt{15} | \sqrt{15} \cdot 14 | x = 14\sqrt{15} | 14\sqrt{15} \text{ cm} :: \sqrt{2940} | \sqrt{14 \cdot 14 \cdot 15} | \sqrt{14^2 \cdot 15} | 54.22 | \sqrt{((1+1)(1+1)+1)} | 14\sqrt{16} | 15\sqrt{14} | 14 | \sqrt{7!}
+4(3-x)(3+x) :: 4(3+x)(3-x) | 4 (3 - x) (3 + x) | (3-x) \cdot 4(3+x) | 4(x+3)(3-x) | -4(x-3)(x+3) :: 36-4x^2 | 4(9-x^2) | (3-x)(3+x) | 4(3-x) | 4(3-x)(3-x) | 4(3^2-x^2) | 4\cdot 3\cdot 3-4x\cdot x
+\frac{x^2}{16}-\frac{y^2}{9}=1 :: \frac{x^2}{16} - \frac{y^2}{9} = 1 | x^2/16-y^2/9=1 :: \frac{x^2}{9}-\frac{y^2}{16}=1 | \frac{x^2}{16}+\frac{y^2}{9}=1 | 1
 \text{Monday} :: Monday | \text{Monday} | \textbf{Monday} | \mathrm{Monday} | \text{ Monday } :: noMday | \text{Tuesday or } = Monday | Tuesday | \text{Monday or Tuesday} | M
 x^2+2x+1 :: (x+1)^2 | 1 + 2x + x^2 | x(x+2)+1 | y = x^2+2x+1 | (1+x)(1+x) :: x^2+2x | (x+1) | x^2+2x+1, 1 | (x+1)^3 | x^2 + 2x + 2
 y = 2x+3 :: y=3+2x | 2x + 3 = y | y = 2x + 3. | y-3=2x | 2x+3 :: y = 2x - 3 | y = 2x | y = 3x+2 | x = 2y+3 | 0
