@@ -826,15 +826,10 @@ def start_processes(device, dtype="float32") -> bool:
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if found[device] < num_processes:
         fail(f"--device {device}: torch finds {found[device]} here for {num_processes} processes; try --device cpu")
-    capabilities = torch.cpu.get_capabilities()
-    if (
-        device == "cpu"
-        and dtype == "bfloat16"
-        and not (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    ):
-        say(
-            "This processor cannot multiply bfloat16, and emulates it hundreds of times more slowly: try --dtype float32."
-        )
+    if device == "cpu" and dtype == "bfloat16":
+        has = torch.cpu.get_capabilities()
+        if has.get("avx2") and not has.get("amx_bf16") and not has.get("avx512_bf16"):
+            say("This processor emulates bfloat16, hundreds of times more slowly than float32: try --dtype float32.")
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         # For attention with a mask, newer GPUs would take cuDNN's kernel. It is reported to prepare half a second for
@@ -1014,13 +1009,17 @@ def hold_directory(output: Path, options: dict, made_group: bool) -> Iterator[No
 def what_to_do(error: BaseException, output: Path) -> str:
     """A line for a run that has ended because of memory, or because OUTPUT cannot be written any more."""
     checkpoints = sorted(output.glob("checkpoint-*"))
-    then = f"--resume goes on from {checkpoints[-1].name}" if checkpoints else "there is no checkpoint yet"
+    then = f"--resume goes on from {checkpoints[-1].name}" if checkpoints else "begin again with --resume"
     if isinstance(error, torch.OutOfMemoryError):
-        functions = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-        option = "--micro-batch-tokens" if "update" in functions else "--sample-batch"
-        return f"out of memory: halve {option}; {then}"
+        functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        remedy = "take a smaller model, or --shard"
+        if "sample_trajectories" in functions:
+            remedy = "halve --sample-batch"
+        elif "update" in functions:
+            remedy = "halve --micro-batch-tokens"
+        return f"out of memory: {remedy}; {then}"
     if isinstance(error, dcp.api.CheckpointException):
-        [(error, _), *_] = error.failures.values()  # of each process that has one
+        [(error, _traceback), *_] = error.failures.values()  # an error of each process that has one
     return f"--output {output}: cannot be written ({error}); {then}"
 
 
@@ -1069,7 +1068,7 @@ class Config:
     shard: bool = option(False, "Split the policy over the GPUs with FSDP, if it does not fit on one, in place of DDP.")
     device: Literal["cuda", "mps", "cpu"] | None = option(None, "Default: cuda if there is a GPU, else cpu.")
     dtype: Literal["bfloat16", "float32"] | None = option(
-        None, "Precision of all passes; θ is in float32. Default: bfloat16 on cuda, else float32."
+        None, "Precision of all passes; θ is in float32. Default: bfloat16 on a cuda GPU that has it, else float32."
     )
 
 
@@ -1121,7 +1120,7 @@ def parse_options(argv) -> Config:
     if config.num_samples == 1:
         fail("--num-samples 1: must be at least 2, since the baseline is the mean of the other samples")
     if config.resume and config.output is None:
-        fail("--resume: say which run to go on with, by --output DIR")
+        fail("--resume: repeat the command of a run, with its --output DIR")
     config.output = config.output or f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     return config
 

@@ -181,7 +181,7 @@ NUMBER_WORD = (
 )
 OF_SOME = (
     r"\b(?:the|all|these|those|of|in|for|her|his|their|per|each|every|next|last|first|other|another|a|only|after|than"
-    rf"|with|over|under|during|from|to)\s+{NUMBER_WORD}"
+    rf"|with|under|during)\s+{NUMBER_WORD}"
 )
 ANOTHER_NUMBER = (
     rf"\b(?:{NUMBER_WORD}|(?:or (?:more|less|fewer|so|not)|and (?:an? )?half|at (?:most|least)|approximately|maybe"
@@ -192,10 +192,17 @@ ANOTHER_NUMBER = (
 
 def is_unit(text: str) -> bool:
     """Whether what stands behind a number is its unit, or are words that leave the number as it is."""
-    if not WORDS.fullmatch(text) or MULTIPLE.match(text) or re.search(ANOTHER_NUMBER, re.sub(OF_SOME, "", text)):
+    if (
+        not WORDS.fullmatch(text)
+        or MULTIPLE.match(text)
+        or re.search(ANOTHER_NUMBER, re.sub(OF_SOME, "", text.lower()))
+    ):
         return False
     words = re.findall(WORD, text)
-    # A single small letter may be a variable. So may be one or two letters that stand alone.
+    # Letters that are joined to the number may be variables, and so may a single small letter (but for the article), and
+    # a word of one or two letters, if it is the only one.
+    if re.match(LETTERS, text) and not re.fullmatch(SHORT_UNIT, words[0]):
+        return False
     if any(re.fullmatch("[b-z]", word) and not re.fullmatch(SHORT_UNIT, word) for word in words):
         return False
     return len(words) != 1 or len(words[0]) > 2 or re.fullmatch(SHORT_UNIT, words[0]) is not None
@@ -273,7 +280,7 @@ def number_of(text: str) -> Fraction | None:
             value /= int(denominator)
         if numerator:
             value += Fraction(int(numerator), int(denominator_of_mixed))
-    except (ValueError, ZeroDivisionError):  # a number that is too long, or a division by 0
+    except ZeroDivisionError:
         return None
     return -value if sign == "-" else value
 
@@ -315,14 +322,18 @@ def final_answer(text: str) -> str | None:
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
+    last_box = text[text.rfind("\\boxed") :] if "\\boxed" in text else ""
+    if last_box.count("{") > last_box.count("}"):
+        return None  # it is never closed
     is_cut = text.endswith(empg.CUT_MARK)
     text = text.removesuffix(empg.CUT_MARK)
     announcements = [match for match in ANNOUNCEMENT.finditer(text) if re.search(r"\d", match[0])]
     if not announcements:
         return None if is_cut else last_number(text)
     last = announcements[-1]
-    is_finished = not is_cut or last.end() < len(text)
-    return (last["line"] or last["sentence"]) if is_finished else None
+    # A full stop at the cut may be the point of 18.50.
+    is_whole = not is_cut or re.match(r"[.!?]?\s", text[last.end() :])
+    return (last["line"] or last["sentence"]) if is_whole else None
 
 
 def is_right_number(given: str | None, answer: str) -> float:
@@ -396,7 +407,7 @@ def normal(formula: str) -> str:
     """A formula in one spelling, without its unit."""
     formula = rewrite(formula, SPELLINGS + FORMULA)
     words = LAST_WORDS.search(formula)
-    if words and is_unit(words[1] or words[2]) and len(re.findall(WORD, words[0])) <= 5:
+    if words and len(re.findall(WORD, words[0])) <= 5 and is_unit(words[words.lastindex or 0]):
         formula = formula[: words.start()]
     return formula.strip(" .\n")
 
@@ -406,6 +417,8 @@ def last_side(formula: str) -> str | None:
     first, *sides = re.split(r"(?<![<>!\\])=", formula)
     if not sides:
         return formula
+    formula = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", formula) if len(sides) == 1 else formula  # x = 1,800
+    first, *sides = re.split(r"(?<![<>!\\])=", formula)
     if "," in formula:  # a list of values, as x = 1, x = 2
         names = {name.strip() for name in re.findall(r"([^,=]*)=", formula)}
         return formula if len(names) == 1 and re.fullmatch(VARIABLE, *names) else None
@@ -502,7 +515,7 @@ def is_right_formula(given: str | None, answer: str) -> float:
 
     right for \frac{1}{2}:   \dfrac12 | 0.5 | 1/2 | \frac{2}{4} | x = \frac{1}{2} | \frac{1}{2} \text{ cm}^2
                              \text{Area} = 1/2 | x = 1 - 0.5 = 0.5
-    wrong for \frac{1}{2}:   1 | \frac{1}{2}, 1 | \frac{1}{2} \text{ or } 1 | 2x = \frac{1}{2} | x > \frac{1}{2} | 1/3!
+    wrong for \frac{1}{2}:   1 | \frac{1}{2}, 1 | \frac{1}{2} \text{ or } 1 | 2x = \frac{1}{2} | x > \frac{1}{2}
                              \frac{1}{2}s | \frac{1}{2} \text{ feet } 6 \text{ inches} | \frac{1}{2} \text{ and a half}
                              \sqrt{0.25} | \frac{3}{4} - \frac{1}{4} | 0.5000001 | 1 = \frac{1}{2}
 
@@ -529,7 +542,7 @@ def is_right_formula(given: str | None, answer: str) -> float:
         # A number is compared as in GSM8K, so that it is worked out. But a single letter may be a variable.
         has_variable = re.search(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", formula)
         return float(not has_variable and number_of(formula) == number_of(gold))
-    base = re.fullmatch(r"(\w+)_\d+", gold)
+    base = re.fullmatch(r"(\d\w*)_\d+", gold)
     if formula and (is_same(formula, gold) or (base and is_same(formula, base[1]))):  # of 28_9 the base may be left out
         return 1.0
     is_word = re.fullmatch(r"[a-zA-Z .'-]*[a-zA-Z]{2}[a-zA-Z .'-]*", gold)

@@ -1005,7 +1005,7 @@ BOXES = {
 18 :: 18 | \$18 | $18 | €18 | 18€ | 18.00 | 18. | +18 | 18\% | **18** | \textbf{18} | \text{18} :: 1.8 | -18 | 81 | x | 19 | **19** | €19
 18 :: 36/2 | \frac{36}{2} | \dfrac{36}{2} | \frac{54}3 | 18/1 :: 3 \times 6 | 18^2 | 18! | 18x | \sqrt{18} | \frac{1}{18} | 36/2/1 | 18/0
 18 :: 18 \text{ dollars} | 18 \text {dollars} | 18\text{ km/h} | 18 \mathrm{~km/h} | 18 km/h | 18 cm^2 | 18\text{ m}^{2} :: 19 km/h | 18 m 5 cm | 18^2 cm
-18 :: 18 kilometers | $18 more muffins | 18 dollars per day | \$18/hour | 18^\circ | 18 a day :: 8 kilometers | 18 - tax | 18 a | 18 x | 18 or so
+18 :: 18 kilometers | 18km | $18 more muffins | 18 dollars per day | \$18/hour | 18^\circ | 18 a day :: 8 kilometers | 18 - tax | 18xyz | 18 to twenty | 18 over three | 18 and Nineteen | 18 a | 18 x | 18 or so
 18 :: 18 \text{ in all} | \boxed{18} | 18^\circ \text{C} | 18 for the two of them | 9*2 = <<9*2=18>>18 :: 18?? | 18 or not | 18 below zero | negative 18 | 17 \boxed{18} | \boxed{17}\boxed{18} | 18 squared dollars | 18 \text{ thousand} | 18 dozen | 18k | 18M | 18 and a half | 18 squared | 18 million | 18 hundredths | 18 \text{ if } x \text{ is odd}
 18 :: x = 18 | \text{Total} = 18 \text{ dollars} | 2 \cdot 9 = 18 | x = 20 - 2 = 18 | Total: 18 :: 18 = 2 \cdot 9 | 2x = 18 | x^2 = 18 | -x = 18 | cost - 5 = 18 | half = 18 | cost or x = 18
 18 :: 20 \text{ dollars} - 2 \text{ dollars} = 18 \text{ dollars} :: A = 5, B = 18 | x = 3 \text{ or } x = 18 | x = 3 \quad x = 18 | x=3 x=18 | x \ge 18 | x \ne 18
@@ -1043,7 +1043,7 @@ D, E :: D,E | E, D | \text{D, E} | \text{D and E} | D \text{ and } E :: D | D, F
 \frac \pi4 + 2 - \sqrt2 :: \frac{\pi}{4} + 2 - \sqrt{2} | 2-\sqrt2+\frac{\pi}{4} | \frac\pi4+2-\sqrt 2 :: \frac{\pi}{4} | 2 | \frac{\pi}{4}+2+\sqrt2
 \frac{8}{3} :: 2 2/3 | 2\frac{2}{3} | 8/3 | \tfrac83 | \frac{16}{6} :: 2 | \frac43 | 2 \cdot 2/3 | 2, 2/3 | 2.66
 237.5\% :: 237.5 | 237.5\% | 237.5% | 237.50 | \frac{475}{2} :: 238 | 23.75 | 237 | 237.5, 1 | -237.5
-1800 :: 1800 | 1,800 | 1\,800 | 1{,}800 | 1,\!800 :: 1 | 800 | 1, 800 | 180 | 18{,}00
+1800 :: 1800 | 1,800 | 1\,800 | 1{,}800 | 1,\!800 | x = 1,800 :: 1 | 800 | 1, 800 | 180 | 18{,}00
 (-\infty, 2) \cup (3, \infty) :: x < 2 \text{ or } x > 3 | (-\infty,2)\cup(3,\infty) | x<2 or x>3 | t < 2 \text{ or } t > 3 :: x < 2 | [-\infty,2) \cup (3,\infty) | x < 3 \text{ or } x > 2 | x \le 2 \text{ or } x \ge 3
 [0, 1) :: [0,1) | [0, 1) | \left[0,1\right) | x \in [0,1) | 0 \le x < 1 :: (0,1) | [0,1] | 0, 1 | x \ge 0 | x^2 = [0,1)
 (3, 4) :: (3,4) | (3, 4) | \left(3,4\right) | (x,y) = (3,4) | (A, B) = (3, 4) :: 3, 4, 5 | (4,3) | 3 | (3, 4, 5) | x^2 = (3,4) | 3, 4 | \{3,4\} | [3,4] | y=4, x=3
@@ -1090,7 +1090,7 @@ on the 18th :: None | in row B18 :: None | 18 thousand :: None | 3 * 6 :: None |
 \boxed{5}. No: \boxed{18}, I hope. 7 :: 18 | so $\boxed {18}$. :: 18 | so $\boxed 18$. :: 18 | so \boxed{18}. I put it in \boxed{}. :: 18
 \boxed{17} or \boxed{18} :: None | \boxed{17}, \boxed{18} :: None | \boxed{17}, \boxed{}, \boxed{18} :: None | $x = \boxed{17}$ or $x = \boxed{18}$ :: None | no idea :: None
 She sells 12 in the morning and 4… :: None | 2 steps: 1. Add. 2. Take away… :: None | The answer is 18… :: None | The answer is 18 dol… :: None
-The answer is 18. Let me check… :: 18 | so \boxed{18}. 2. Check… :: 18 | so \boxed{18… :: None | \boxed{5} or \boxed{18… :: None
+The answer is 18. Let me check… :: 18 | so \boxed{18}. 2. Check… :: 18 | so \boxed{18… :: None | The answer is 17. So \boxed{18 :: None | \boxed{18 :: None | The answer is 18.… :: None | \boxed{5} or \boxed{18… :: None
 """
 
 
@@ -1292,6 +1292,7 @@ STRANGE += [
     "10^{999*999*999}",
     "((9^{99})^{99})^{99}",
 ]
+STRANGE += [r"5\text{}", r"5\text{} \text{}", r"5\mbox{ }", r"5\text{}^2"]
 
 
 @pytest.mark.parametrize("task", [GSM8K, MATH], ids=["gsm8k", "math-hard"])
@@ -2461,11 +2462,8 @@ def test_bfloat16_where_it_is_slow(monkeypatch, tiny, capsys):
     monkeypatch.setattr(empg, "LOCAL_RANK", 3)
     assert empg.parse_options([]).dtype == "float32"
     assert set(asked) == {3}
-    for capabilities, dtype, is_said in (
-        ({}, "bfloat16", True),
-        ({"amx_bf16": True}, "bfloat16", False),
-        ({}, "float32", False),
-    ):
+    old, new = {"avx2": True}, {"avx2": True, "avx512_bf16": True}
+    for capabilities, dtype, is_said in ((old, "bfloat16", True), (new, "bfloat16", False), (old, "float32", False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         if empg.start_processes("cpu", dtype):
             empg.dist.destroy_process_group()
