@@ -837,9 +837,9 @@ def start_processes(device, dtype="float32") -> bool:
         torch.backends.cuda.enable_cudnn_sdp(False)
     if dist.is_initialized():
         return False
-    # Processes find each other's addresses in a store, a dictionary that all of them read and write. If it is torchrun's
-    # own, it outlives a restart (--max-restarts). New processes would find the addresses of those that died, and wait for
-    # them. So let the keys begin with the number of the restart. But each machine counts its own restarts.
+    # Processes find each other's addresses in a store, a dictionary that all of them read and write. If it is
+    # torchrun's own, it outlives a restart (--max-restarts). New processes would find the addresses of those that died,
+    # and wait for them. So let the keys begin with the number of the restart. But each machine counts its own restarts.
     is_store_of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if is_store_of_torchrun and restarts and num_processes < WORLD_SIZE:

@@ -148,24 +148,28 @@ def rewrite(text: str, rules: list[tuple[str, str]]) -> str:
 # What has several spellings in LaTeX gets one. This is for numbers and for formulas.
 SPELLINGS = [
     (r"\\(?:mbox|emph|operatorname|(?:text|math)(?:rm|bf|it|sf))(?![a-zA-Z])", r"\\text"),
-    (r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|(?<!\\)\\[()\[\]]", ""),
+    (r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])", ""),
+    (r"(?<!\\)\\[()\[\]]", ""),  # \( and \[ around a formula
     # Separators of thousands: 1{,}800, 1,\!800, 1\,800, and spaces that do not break a line
     (r"(?<=\d)(?:\{,\}|,?\\!|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\[,:;! ]|~", " "),
-    (r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|°)\s*(?:[CF]\b|\\text\{\s*[CF]\s*\})?|\\?%", ""),
+    # Degrees: 22^\circ, 22^{\circ}, 22°C
+    (r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|°)\s*(?:[CF]\b|\\text\{\s*[CF]\s*\})?", ""),
+    (r"\\?%", ""),
     (r"\\?\$|[€£¥₹¢]", " "),
-    (r"[\u2012\u2013\u2212]", "-"),
+    (r"[\u2012\u2013\u2212]", "-"),  # a dash, or a minus sign of its own
     (r"\\[dtc]?frac(?![a-zA-Z])\s*", r"\\frac"),
-    (r"(\\frac\{[^{}]*\})\s+(?=\{)", r"\1"),
-    (r"\\frac\s*(\d|\\[a-zA-Z]+)\s*(\d|\\[a-zA-Z]+)", r"\\frac{\1}{\2}"),
-    (r"\\frac\s*(\d|\\[a-zA-Z]+)\s*(?=\{)", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"(\\frac\{[^{}]*\})\s+(?=\{)", r"\1"),  # \frac{1} {2}
+    (r"\\frac\s*(\d|\\[a-zA-Z]+)\s*(\d|\\[a-zA-Z]+)", r"\\frac{\1}{\2}"),  # \frac12, \frac\pi4
+    (r"\\frac\s*(\d|\\[a-zA-Z]+)\s*(?=\{)", r"\\frac{\1}"),  # \frac1{2}
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac{1}2
 ]
 
 # Words, and what may stand between them
-LETTERS = r"[^\W\d_]+(?![^\W\d_])"
+LETTERS = r"[^\W\d_]+(?![^\W\d_])"  # a whole word: else there would be many ways to match one
 WORD = rf"{LETTERS}(?:[-'’]{LETTERS})*(?:['’](?![^\W\d_]))?"
 BETWEEN = r"[\s.,;:/()²³—]*"
+# (Behind "18. Next" another sentence begins.)
 WORDS = re.compile(rf"(?!\s*\.\s*\w){BETWEEN}(?:{WORD}(?:\s*\^[23])?{BETWEEN})*")
 SHORT_UNIT = "m|g|s|h|l|L|t|km|cm|mm|mi|ft|in|yd|sq|kg|Kg|mg|lb|oz|ml|mL|hr|am|pm|AM|PM|MB|GB|TB"
 # Words that make another number of the one before them: 18 thousand, 18 and a half
@@ -199,8 +203,8 @@ def is_unit(text: str) -> bool:
     ):
         return False
     words = re.findall(WORD, text)
-    # Letters that are joined to the number may be variables, and so may a single small letter (but for the article), and
-    # a word of one or two letters, if it is the only one.
+    # Letters that are joined to the number may be variables, and so may a single small letter (but for the article),
+    # and a word of one or two letters, if it is the only one.
     if re.match(LETTERS, text) and not re.fullmatch(SHORT_UNIT, words[0]):
         return False
     if any(re.fullmatch("[b-z]", word) and not re.fullmatch(SHORT_UNIT, word) for word in words):
@@ -241,7 +245,7 @@ ANSWER_IS = (
 )
 ANNOUNCEMENT = re.compile(f"{HASHES}|{ANSWER_IS}", re.IGNORECASE)
 # A number with what is joined to it, as in 5:30 or 17-18
-RUN = re.compile(r"-?\.?\d(?:[\d.,:/^_-]*\d)?(?:\s+\d+/\d+)?")
+JOINED_NUMBERS = re.compile(r"-?\.?\d(?:[\d.,:/^_-]*\d)?(?:\s+\d+/\d+)?")
 # What stands before a number that is a part of a calculation or of a list
 UNFINISHED = re.compile(r"\w$|[+*/^<>]\s*$|\S\s*-\s+$|\d\s*,\s*$|\d\s+(?:(?:and|to)\s+)?$")
 
@@ -256,9 +260,9 @@ def number_of(text: str) -> Fraction | None:
 
     So a number may have a sign, a currency, separators of thousands, a percent sign, emphasis, and a unit or words that
     leave it as it is. It may be a fraction or a mixed number. Of an equation the last side counts, if the first one is
-    a name or a calculation. A time of day passes if it is a full hour. A number with a number word is neither the one
-    nor the product: 18 thousand is wrong for 18 and for 18,000. In doubt it is None. A right answer in a rare spelling
-    costs a sample, but a wrong one that gets a reward is learned.
+    a name or a calculation. A time of day passes if it is a full hour. A number with a number word is neither that
+    number nor the product: 18 thousand is wrong for 18 and for 18,000. In doubt it is None. A right answer in a rare
+    spelling costs a sample, but a wrong one that gets a reward is learned.
     """
     if len(text) > 300:
         return None
@@ -288,10 +292,10 @@ def number_of(text: str) -> Fraction | None:
 def last_number(text: str) -> str | None:
     """The last number of a text, up to the end of its sentence, unless it is a part of a calculation or of a list."""
     text = rewrite(text, SPELLINGS + PLAIN)
-    runs = list(RUN.finditer(text))
-    if not runs:
+    numbers = list(JOINED_NUMBERS.finditer(text))
+    if not numbers:
         return None
-    start = runs[-1].start()
+    start = numbers[-1].start()
     before = re.split(r"\n|[.!?]\s", text[:start])[-1]
     is_in_list = re.search(r"\d", before) and re.search(r"\bor\s+(?:\w+\s+){0,2}$", before[-50:])
     is_bullet = re.fullmatch(r"\s*[*+-]\s*", before)
@@ -385,14 +389,19 @@ COMMAND = (
     r"|log|ln|arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|exp|binom|begin|end|alpha|beta|gamma|theta|lambda|phi|omega)"
     r"(?![a-zA-Z])"
 )
+# What it does not read, or reads in another way; and what it might compute forever, in which no alarm interrupts it.
 UNREADABLE = re.compile(
     r"[^\w\s.,+*/^=<>!|()\[\]{}\\&-]"  # other characters, such as ; and :
-    r"|\d\s+[\d.]|\d_\w|\d\s*[eE]\s*[+-]?\d"  # two numbers side by side; a base; 1E9
-    r"|\[\s*-?\\infty|\\infty\s*\]"  # infinity is in no interval
+    r"|\d\s+[\d.]"  # two numbers side by side
+    r"|\d_\w"  # a base, as in 28_9
+    r"|\d\s*[eE]\s*[+-]?\d"  # 1E9
+    r"|\[\s*-?\\infty|\\infty\s*\]"  # an interval that is closed at infinity
     r"|\S\s*\\begin|\\end\{\w+\}\s*\S"  # a matrix with something beside it
-    # Powers and factorials that might take forever: 9^9^9, 9^(99), 9^{99!}, (9^9)^{99}, 9^9!, (99)!, 99999!
-    r"|\^\s*(?:\(|\w\s*\^|-?\d{4}|\{[^{}]*(?:[*!^]|\\cdot|\\times|\d{4}|\{[^{}]*[*!^]))"
-    r"|\)\s*\^\s*\{?\d\d|!.*\^|\^.*!|[)}]\s*!|\\l(?:og|n).*!|\d{5,}\s*!"
+    r"|\^\s*\(|\^\s*\w\s*\^|\^\s*-?\d{4}"  # 9^(99), 9^9^9, 9^9999
+    r"|\^\s*\{[^{}]*(?:[*!^]|\\cdot|\\times|\d{4}|\{[^{}]*[*!^])"  # 9^{9*9}, 9^{99!}, 9^{9^{9}}
+    r"|\)\s*\^\s*\{?\d\d"  # (9^9)^{99}
+    r"|!.*\^|\^.*!|[)}]\s*!|\d{5,}\s*!"  # 9!^9, 9^9!, (99)!, 99999!
+    r"|\\l(?:og|n).*!"  # \log 9999!
 )
 FUNCTION = r"!|\\(?:log|ln|exp|binom|arc\w+|sin|cos|tan|cot|sec|csc)(?![a-z])"
 RELATION = r"<|>|\\(?:leq?|geq?|neq?)(?![a-z])"
@@ -437,8 +446,8 @@ def is_finished(formula: str, gold: str) -> bool:
     r"""Whether a formula is worked out as far as the answer is. Else a model might copy it from the problem.
 
     It has no more numbers than the answer, and no larger ones; no other functions; and no decimals for a root:
-    \sqrt{2940} and \sqrt{14 \cdot 14 \cdot 15} are 14\sqrt{15}, but not as an answer. Inequalities have a variable alone:
-    x^2 < 4 is no answer for (-2, 2), but -2 < x < 2 is.
+    \sqrt{2940} and \sqrt{14 \cdot 14 \cdot 15} are 14\sqrt{15}, but not as an answer. Inequalities have a variable
+    alone: x^2 < 4 is no answer for (-2, 2), but -2 < x < 2 is.
     """
     numbers, gold_numbers = (
         [float(number) for number in re.findall(r"\d+(?:\.\d+)?", each)] for each in (formula, gold)
@@ -447,7 +456,7 @@ def is_finished(formula: str, gold: str) -> bool:
         gold_numbers *= 2  # it may be written as a list
     if max(numbers, default=0) > max(gold_numbers, default=1):
         return False
-    # A factor of 1, as in \frac{1}{2}x, is not counted.
+    # There may be one more factor of 1, as in \frac{1}{2}x for \frac{x}{2}.
     ones = numbers.count(1) - gold_numbers.count(1)
     if ones > 1 or len(numbers) - numbers.count(1) > len(gold_numbers) - gold_numbers.count(1):
         return False
@@ -456,8 +465,8 @@ def is_finished(formula: str, gold: str) -> bool:
     if re.search(r"\\(?:sqrt|pi)", gold) and re.search(r"\d\.\d", formula) and "." not in gold:
         return False
     if re.search(RELATION, gold) or not re.search(RELATION, formula):
-        # Pairs and intervals have their brackets, and lists have none.
-        return brackets(formula) == brackets(gold) or bool(re.search("cup", gold))
+        # Pairs and intervals have their brackets, and lists have none. (A union begins and ends with those of two.)
+        return brackets(formula) == brackets(gold) or r"\cup" in gold
     constant = r"(?:[^a-zA-Z\\]|\\(?:frac|sqrt|pi|infty)(?![a-z]))*"
     return re.fullmatch(rf"(?:{constant}(?:{RELATION}))?\s*[a-z]\s*(?:{RELATION}){constant}", formula) is not None
 
@@ -519,10 +528,10 @@ def is_right_formula(given: str | None, answer: str) -> float:
                              \frac{1}{2}s | \frac{1}{2} \text{ feet } 6 \text{ inches} | \frac{1}{2} \text{ and a half}
                              \sqrt{0.25} | \frac{3}{4} - \frac{1}{4} | 0.5000001 | 1 = \frac{1}{2}
 
-    A number is compared as in GSM8K. Anything else is right if it is spelled in the same way, but for spaces, commands of
-    LaTeX that only change the looks, and a unit. Otherwise math_verify compares the two, if it can read all of them, and
-    if the given one is worked out. It compares lists as a whole: "3 or 4" is right for "3, 4", but not for 3, or a model
-    would learn to list guesses.
+    A number is compared as in GSM8K. Anything else is right if it is spelled in the same way, but for spaces, commands
+    of LaTeX that only change the looks, and a unit. Otherwise math_verify compares the two, if it can read all of them,
+    and if the given one is worked out. It compares lists as a whole: "3 or 4" is right for "3, 4", but not for 3, or a
+    model would learn to list guesses.
     """
     import math_verify  # noqa: F401 - if it is missing, this is said before any work, when rows are tried
 

@@ -1106,8 +1106,8 @@ def test_the_tables_of_what_is_right(rule):
 
 
 def test_where_the_answer_of_a_response_is():
-    """The answer of a response is its last box, else what stands behind the last "####" or "answer is", else the last number,
-    if it was not cut off, and if it is one number, with nothing joined to it. In MATH only a box counts."""
+    """The answer of a response is its last box, else what stands behind the last "####" or "answer is", else the last
+    number, if it was not cut off, and if it is one number, with nothing joined to it. In MATH only a box counts."""
     for case in re.split(r"\n| \| ", TEXTS.strip()):
         response, gold = case.replace("¶", "\n").split(" :: ")
         if gold == "None":
@@ -1134,7 +1134,8 @@ It is $\boxed{87}.$ Alternatively, note that it is $\boxed{87}.$ :: 87 :: 87, 88
 
 
 def test_solutions_with_several_boxes():
-    """The boxes of a solution are a list if "or", "and" or a comma joins them in a sentence. Otherwise the last one counts."""
+    """The boxes of a solution are a list if "or", "and" or a comma joins them in a sentence. Otherwise the last one
+    counts."""
     for line in SOLUTIONS.strip().splitlines():
         [solution], right, wrong = (part.strip().split(" | ") for part in line.split("::"))
         for text in right + wrong:
@@ -1929,8 +1930,8 @@ def test_a_kill_within_a_save(alone, tiny, tmp_path):
 
 
 def run_killed_once(killed: str, *argv: str) -> None:
-    """A run whose second process kills itself once, just before it writes its share of a checkpoint. The first one is busy at
-    that time, as a GPU may be, and learns of it from torchrun, and not from a broken connection."""
+    """A run whose second process kills itself once, just before it writes its share of a checkpoint. The first one is
+    busy at that time, as a GPU may be, and learns of it from torchrun, and not from a broken connection."""
 
     def save(state, **keywords):
         if state["step"] == 2 and not Path(killed).exists():
@@ -1960,8 +1961,8 @@ def test_torchrun_restarts_after_the_kill_of_a_rank(alone, tiny, tmp_path):
 
 
 def test_restarts_need_a_store_of_their_own(monkeypatch, capfd):
-    """On several machines, restarts with torchrun's own store, in which new processes wait for those that died, are refused
-    in a line that names the remedy. One machine, or no restarts, or the remedy, are taken."""
+    """On several machines, restarts with torchrun's own store, in which new processes wait for those that died, are
+    refused in a line that names the remedy. One machine, or no restarts, or the remedy, are taken."""
     monkeypatch.setattr(empg, "WORLD_SIZE", 2)
 
     def rendezvous(*args, **keywords):
@@ -1985,7 +1986,8 @@ def test_restarts_need_a_store_of_their_own(monkeypatch, capfd):
 
 @pytest.mark.skipif("EMPG_KILLS" not in os.environ, reason="takes a minute; set EMPG_KILLS")
 def test_restarts_on_several_machines(alone, tiny, tmp_path):
-    """Two torchruns, as on two machines, of whose processes one is killed: the run ends as one that nothing disturbed."""
+    """Two torchruns, as on two machines, of whose processes one is killed: the run ends as one that nothing
+    disturbed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
     more, _, run_alone = alone["plain"]
@@ -2135,7 +2137,8 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize("row", BAD_ROWS, ids=str)
 def test_rows_that_cannot_be_read(row, tiny, tmp_path, capfd):
-    """A question that is no text, and an answer that is neither text nor a number, are refused with the row's number."""
+    """A question that is no text, and an answer that is neither text nor a number, are refused with the row's
+    number."""
     data = write_rows(tmp_path / "data", train=[row, row], test=[row])
     refuses(capfd, empg.main, options(tiny, tmp_path / "out", task="gsm8k", data=data), "--data", "row 1")
     assert not (tmp_path / "out").exists()
@@ -2212,8 +2215,8 @@ def test_tokens_that_the_embeddings_lack(tmp_path, capfd):
 
 
 def test_prompts_do_not_change_with_the_date(tmp_path, odd_is_right, capsys, monkeypatch):
-    """A template that writes the time gives the same prompts later, so that a resumed run is the same run. The first prompt
-    is printed as it is sent."""
+    """A template that writes the time gives the same prompts later, so that a resumed run is the same run. The first
+    prompt is printed as it is sent."""
     model = save_chat(tmp_path / "model", "{{ strftime_now('%H%M%S') }}" + TURNS)
     seen = []
     spy(monkeypatch, "sample_trajectories", lambda args, *_: seen.extend(row["prompt"] for row in args[3]))
@@ -2278,7 +2281,8 @@ def test_bad_directories(tiny, tmp_path, capfd):
 
 @pytest.mark.parametrize("flags", [[], ["--resume"]], ids=["new", "resumed"])
 def test_two_runs_in_one_directory(flags, tiny, tmp_path, capfd, odd_is_right):
-    """While a command is at work in a directory, another one is refused, and leaves it as it is. Then it is free again."""
+    """While a command is at work in a directory, another one is refused, and leaves it as it is. Then it is free
+    again."""
     out = tmp_path / "out"
     if flags:
         empg.main(options(tiny, out, steps=1))
@@ -2295,8 +2299,8 @@ def test_two_runs_in_one_directory(flags, tiny, tmp_path, capfd, odd_is_right):
 
 
 def test_two_commands_at_once(tiny, tmp_path):
-    """Of two commands that begin at the same time in one directory, one is refused, and the other one is undisturbed. Two
-    without --output get directories of their own."""
+    """Of two commands that begin at the same time in one directory, one is refused, and the other one is undisturbed.
+    Two without --output get directories of their own."""
     words = [f"--model={tiny}", "--task=sums", "--steps=3", "--prompts-per-step=4", "--num-samples=4", "--device=cpu"]
     words += ["--max-new-tokens=8", "--eval-every=0"]
     one, two = (start(HERE / "empg.py", *words, f"--output={tmp_path / 'out'}", f"--seed={seed}") for seed in (0, 1))
@@ -2452,8 +2456,8 @@ def test_a_plain_command_stands_for_what_suits_the_machine(gigabytes, words, exp
 
 
 def test_bfloat16_where_it_is_slow(monkeypatch, tiny, capsys):
-    """A GPU without bfloat16 gets float32, and each process asks for the memory of its own GPU. A CPU that cannot multiply
-    bfloat16 is named in a line, and one that can is not."""
+    """A GPU without bfloat16 gets float32, and each process asks for the memory of its own GPU. A CPU that cannot
+    multiply bfloat16 is named in a line, and one that can is not."""
     memory = types.SimpleNamespace(total_memory=80e9)
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -2610,8 +2614,8 @@ def test_a_killed_evaluation_goes_on(tiny, tmp_path, capfd):
 
 
 def test_results_of_other_weights_are_not_taken(tmp_path, capfd):
-    """After more training of a model at the same place, a file of results is refused, and left as it is. The same weights go on
-    with it."""
+    """After more training of a model at the same place, a file of results is refused, and left as it is. The same
+    weights go on with it."""
     name = save(make_model(scale=0.1), tmp_path / "model")
     words = [
         f"--model={name}",
