@@ -68,7 +68,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -1097,6 +1097,10 @@ def parse_options(argv) -> Config:
     asked = parser.parse_args(argv)
     device, dtype = device_and_precision(asked.device)
     recipe: dict = {"task": "gsm8k", "device": device, "dtype": dtype}
+    if asked.resume and asked.output:
+        # A run keeps the precision that it began with, also on another device.
+        with suppress(OSError, TypeError, ValueError, KeyError):  # `check_output` says what is wrong with the file
+            recipe["dtype"] = json.loads((Path(asked.output) / "config.json").read_text())["dtype"]
     has_gpu = device == "cuda" and torch.cuda.is_available()
     gigabytes = torch.cuda.get_device_properties(LOCAL_RANK).total_memory / 1e9 if has_gpu else 0
     # A GPU that is sold with 24 GB has 22 or more.

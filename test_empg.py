@@ -2402,7 +2402,14 @@ def test_a_run_is_not_taken_up_by_other_options(tiny, tmp_path, capfd, odd_is_ri
     more = {"eval_every": 3, "save_every": 1, "sample_batch": 4, "micro_batch_tokens": 30}
     empg.main(options(tiny, out, "--resume", steps=3, **more))
     assert [row["step"] for row in metrics(out)][-2:] == [3, 3]  # an iteration and its evaluation
-    refuses(capfd, empg.main, options(tiny, out, "--resume", steps=2), "--steps 2", "has 3 already")
+    # The precision is the one that the run began with, whatever this machine's default. Another one is refused.
+    config_file = out / "config.json"
+    config_file.write_text(config_file.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    empg.main(options(tiny, out, "--resume", steps=4, **more))
+    assert json.loads(config_file.read_text())["dtype"] == "bfloat16"
+    other = options(tiny, out, "--resume", steps=4, dtype="float32")
+    refuses(capfd, empg.main, other, "begun with {'dtype': 'bfloat16'}")
+    refuses(capfd, empg.main, options(tiny, out, "--resume", steps=2), "--steps 2", "has 4 already")
 
 
 def test_a_run_of_an_older_revision_is_refused(tiny, tmp_path, capfd, odd_is_right):
