@@ -991,7 +991,7 @@ def hold_directory(output: Path, options: dict, made_group: bool) -> Iterator[No
                 raise ValueError(f"--output {output}: another command is at work there; name another one") from error
             except OSError:
                 say(f"There are no locks in {output}: see to it that no other command works there.")
-            check_output(output, options)  # again, since another command may have been here meanwhile
+            check_output(output, options)
             write_atomically(output / "config.json", json.dumps(options, indent=2))
     except (OSError, ValueError) as error:
         errors.append(str(error))
@@ -1167,7 +1167,6 @@ def main(argv=None) -> None:
         if room < config.max_new_tokens:
             raise ValueError(f"--max-new-tokens {config.max_new_tokens}: at most {room} fit after the prompts")
         if RANK == 0:
-            check_output(output, options)
             check_model(config.model)
     except (OSError, ValueError) as error:
         errors.append(str(error))

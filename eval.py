@@ -57,7 +57,9 @@ class Options:
         None, "Longest response, in tokens. Default: 1024, or what the model has room for."
     )
     seed: int = option(0, "Seed of sampling.")
-    dtype: Literal["bfloat16", "float32"] = option(None, "Precision. Default: bfloat16 on cuda, else float32.")
+    dtype: Literal["bfloat16", "float32"] = option(
+        None, "Precision. Default: bfloat16 on a cuda GPU that has it, else float32."
+    )
     output: str | None = option(
         None, "File for the responses (FILE.jsonl), which an interrupted command goes on with; or picture of --curves."
     )
@@ -423,11 +425,12 @@ def normal(formula: str) -> str:
 
 def last_side(formula: str) -> str | None:
     """The last side of an equation that gives a value, as x = 9 + 9 = 18 does. None if it gives none, as 2x = 18."""
-    first, *sides = re.split(r"(?<![<>!\\])=", formula)
+    equals = r"(?<![<>!\\])="
+    if len(re.findall(equals, formula)) == 1:
+        formula = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", formula)  # x = 1,800
+    first, *sides = re.split(equals, formula)
     if not sides:
         return formula
-    formula = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", formula) if len(sides) == 1 else formula  # x = 1,800
-    first, *sides = re.split(r"(?<![<>!\\])=", formula)
     if "," in formula:  # a list of values, as x = 1, x = 2
         names = {name.strip() for name in re.findall(r"([^,=]*)=", formula)}
         return formula if len(names) == 1 and re.fullmatch(VARIABLE, *names) else None
@@ -703,7 +706,7 @@ def prepare(options: Options) -> tuple:
     room = empg.room_for_responses(problems, model)
     if options.max_new_tokens is None:
         options.max_new_tokens = int(min(1024, room))
-    if room < max(1, options.max_new_tokens):
+    if room < options.max_new_tokens:
         raise ValueError(f"--max-new-tokens {options.max_new_tokens}: at most {room} fit after the prompts")
     return problems, tokenizer, model.to(options.device)
 

@@ -947,16 +947,16 @@ def test_a_gradient_that_is_not_finite_is_skipped(bad, capsys):
     assert not torch.equal(before, flat(model))
 
 
-def test_kl_term_has_its_gradient():
+def check_kl_term(kl_of_response):
     """With β the gradient is that of the loss plus β times the summed KL of every trajectory, also those of advantage
-    0."""
+    0. `kl_of_response` gets the log-probabilities of all tokens, under both models, and the response."""
     model = make_model()
     reference = make_model(seed=1).requires_grad_(False)
     kl = 0.0
     for prompt, response in zip(PROMPT_OF, RESPONSES):
         log_pi = (plain_logits(model, prompt, response) / 0.7).log_softmax(-1)
         log_ref = (plain_logits(reference, prompt, response) / 0.7).log_softmax(-1)
-        kl += (log_pi.exp() * (log_pi - log_ref)).sum()
+        kl += kl_of_response(log_pi, log_ref, response)
     (plain_loss(model, ADVANTAGES, 0.7) + 0.3 * kl / len(RESPONSES)).backward()
     expected = flat_grad(model)
     followed, statistics = gradient_followed(
@@ -964,6 +964,11 @@ def test_kl_term_has_its_gradient():
     )
     torch.testing.assert_close(followed, expected, rtol=1e-4, atol=1e-5)  # for the KL the logits are float32
     assert statistics["kl"] == pytest.approx(kl.item() / sum(map(len, RESPONSES)), rel=1e-5)
+
+
+def test_kl_term_has_its_gradient():
+    """The KL of a trajectory is the exact one, summed over its tokens."""
+    check_kl_term(lambda log_pi, log_ref, response: (log_pi.exp() * (log_pi - log_ref)).sum())
 
 
 # ------------------------------ Tasks: problems, prompts and grading ------------------------------
