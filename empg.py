@@ -518,8 +518,8 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
     """Algorithm 1. Each iteration and each evaluation adds a row to OUTPUT/metrics.jsonl.
 
     Why is there a second model? θ does not change while we sample, so we could sample from θ itself. But to sample from
-    θ* is faster. It is whole in every process, whereas θ may be split over the GPUs. And on a GPU, it is in bfloat16 by
-    default. θ has to be in float32, since bfloat16 would round updates of 1e-6 away.
+    θ* is faster. It is whole in every process, whereas θ may be split over the GPUs. And it is in bfloat16 where that
+    is faster (--dtype). θ has to be in float32, since bfloat16 would round updates of 1e-6 away.
 
     Takes: policy, θ; old_policy, θ*, at first the base model, and on return the trained θ; reference, the frozen base
         model, or None; problems to train on, and held_out ones to evaluate on, all with prompts.
@@ -559,11 +559,11 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)
 
         # Line 12. At the first update θ = θ*. So the samples come from the policy itself: they are *on-policy*, and
-        # Eq. 12 needs no correction. (In bfloat16, as on a GPU, this is only nearly so. θ* computes token by token with
-        # a cache, and θ in one pass and from float32 weights, and the two round differently.) At a second update
-        # (--updates) θ has moved away, and the samples are *off-policy*. Other methods, PPO and GRPO, would correct for
-        # that: they multiply the advantage, at each token, by the ratio of its probability under θ to that under θ*,
-        # and limit this ratio. EMPG does not, and so is right only as long as θ stays near θ*.
+        # Eq. 12 needs no correction. (In bfloat16 this is only nearly so. θ* computes token by token with a cache, and θ
+        # in one pass and from float32 weights, and the two round differently.) At a second update (--updates) θ has
+        # moved away, and the samples are *off-policy*. Other methods, PPO and GRPO, would correct for that: they
+        # multiply the advantage, at each token, by the ratio of its probability under θ to that under θ*, and limit
+        # this ratio. EMPG does not, and so is right only as long as θ stays near θ*.
         for _ in range(config.updates):
             statistics = update(policy, optimizer, trajectories, config, reference)
         seconds = time.perf_counter() - start
@@ -826,10 +826,8 @@ def start_processes(device, dtype="float32") -> bool:
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if found[device] < num_processes:
         fail(f"--device {device}: torch finds {found[device]} here for {num_processes} processes; try --device cpu")
-    if device == "cpu" and dtype == "bfloat16":
-        has = torch.cpu.get_capabilities()
-        if has.get("avx2") and not has.get("amx_bf16") and not has.get("avx512_bf16"):
-            say("This processor emulates bfloat16, hundreds of times more slowly than float32: try --dtype float32.")
+    if device == "cpu" and dtype == "bfloat16" and not cpu_multiplies_bfloat16():
+        say("This processor is not known to multiply bfloat16, and may be very slow at it: try --dtype float32.")
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         # For attention with a mask, newer GPUs would take cuDNN's kernel. It is reported to prepare half a second for
@@ -1068,7 +1066,7 @@ class Config:
     shard: bool = option(False, "Split the policy over the GPUs with FSDP, if it does not fit on one, in place of DDP.")
     device: Literal["cuda", "mps", "cpu"] | None = option(None, "Default: cuda if there is a GPU, else cpu.")
     dtype: Literal["bfloat16", "float32"] | None = option(
-        None, "Precision of all passes; θ is in float32. Default: bfloat16 on a cuda GPU that has it, else float32."
+        None, "Precision of all passes; θ is in float32. Default: bfloat16 where it is fast, but float32 for sums."
     )
 
 
@@ -1080,11 +1078,23 @@ LAPTOP |= {"steps": 60, "prompts_per_step": 32, "num_samples": 16, "eval_every":
 METHOD = "EMPG"
 
 
-def device_and_precision(asked) -> tuple[Any, Any]:
-    """The device to compute on, if it is not asked for, and the precision that suits it."""
-    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
-    is_fast = device == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return device, "bfloat16" if is_fast else "float32"
+def default_device() -> Literal["cuda", "cpu"]:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16. Without them, it can be hundreds of times slower."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def best_precision(device: str, task: str) -> Literal["bfloat16", "float32"]:
+    """The faster one. For the sums it is float32, since a tiny model gains nothing from bfloat16."""
+    if device == "cuda":
+        is_fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_fast = device == "cpu" and cpu_multiplies_bfloat16()
+    return "bfloat16" if is_fast and task != "sums" else "float32"
 
 
 def parse_options(argv) -> Config:
@@ -1095,12 +1105,8 @@ def parse_options(argv) -> Config:
     parser.error = fail
     # The defaults depend on the machine and on what was asked for, so read the command line twice.
     asked = parser.parse_args(argv)
-    device, dtype = device_and_precision(asked.device)
-    recipe: dict = {"task": "gsm8k", "device": device, "dtype": dtype}
-    if asked.resume and asked.output:
-        # A run keeps the precision that it began with, also on another device.
-        with suppress(OSError, TypeError, ValueError, KeyError):  # `check_output` says what is wrong with the file
-            recipe["dtype"] = json.loads((Path(asked.output) / "config.json").read_text())["dtype"]
+    device = asked.device or default_device()
+    recipe: dict = {"task": "gsm8k", "device": device}
     has_gpu = device == "cuda" and torch.cuda.is_available()
     gigabytes = torch.cuda.get_device_properties(LOCAL_RANK).total_memory / 1e9 if has_gpu else 0
     # A GPU that is sold with 24 GB has 22 or more.
@@ -1109,6 +1115,11 @@ def parse_options(argv) -> Config:
     elif asked.model is None:
         # With the other defaults, 1.5B parameters take about 45 GB, and 0.5B about 20 GB: see docs/running.md.
         recipe["model"] = "Qwen/Qwen2.5-1.5B" if gigabytes > 60 else "Qwen/Qwen2.5-0.5B"
+    recipe["dtype"] = best_precision(device, asked.task or recipe["task"])
+    if asked.resume and asked.output:
+        # A run keeps the precision that it began with, also on another device.
+        with suppress(OSError, TypeError, ValueError, KeyError):  # `check_output` says what is wrong with the file
+            recipe["dtype"] = json.loads((Path(asked.output) / "config.json").read_text())["dtype"]
     parser.set_defaults(**recipe)
     config = Config(**vars(parser.parse_args(argv)))
 

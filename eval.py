@@ -58,7 +58,7 @@ class Options:
     )
     seed: int = option(0, "Seed of sampling.")
     dtype: Literal["bfloat16", "float32"] = option(
-        None, "Precision. Default: bfloat16 on a cuda GPU that has it, else float32."
+        None, "Precision. Default: bfloat16 where it is fast, but float32 for sums."
     )
     output: str | None = option(
         None, "File for the responses (FILE.jsonl), which an interrupted command goes on with; or picture of --curves."
@@ -943,8 +943,8 @@ def parse_options(argv) -> Options:
     parser: Any = HfArgumentParser(Options, **how)  # type: ignore[arg-type]
     parser.error = fail
     options = Options(**vars(parser.parse_args(argv)))
-    options.device, precision = empg.device_and_precision(options.device)
-    options.dtype = options.dtype or precision
+    options.device = options.device or empg.default_device()
+    options.dtype = options.dtype or empg.best_precision(options.device, options.task)
     if options.temperature is None:
         options.temperature = 1.0 if options.num_samples > 1 else 0.0
 

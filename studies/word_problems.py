@@ -65,8 +65,8 @@ def demonstrate(name: str, data: str, directory: Path, updates: int = 24, batch:
     """Stage 1: question → equation; model and tokenizer are saved in `directory`."""
     problems = asdiv("demonstrations", data)
     tokenizer, model = empg.load_model(name, torch.float32)
-    device, dtype = empg.device_and_precision(None)
-    config = empg.Config(device=device, dtype=dtype)
+    device = empg.default_device()
+    config = empg.Config(device=device, dtype=empg.best_precision(device, "asdiv"))
     empg.add_prompts(problems, empg.TASKS["asdiv"], tokenizer)
     for problem in problems:
         problem["response"] = [*tokenizer(problem["equation"])["input_ids"], tokenizer.eos_token_id]
