@@ -1189,7 +1189,7 @@ def main(argv=None) -> None:
         say(f"The first prompt: {tokenizer.decode(problems[0]['prompt'])!r}")
         _, old_policy = load_model(config.model, getattr(torch, config.dtype))
         try:
-            old_policy = old_policy.requires_grad_(False).to(config.device)
+            old_policy = old_policy.to(config.device)
             reference = None
             if config.beta:
                 _, reference = load_model(config.model)
