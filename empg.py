@@ -1079,6 +1079,7 @@ METHOD = "EMPG"
 
 
 def default_device() -> Literal["cuda", "cpu"]:
+    """The device of a command that does not name one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -1089,7 +1090,7 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def best_precision(device: str, task: str) -> Literal["bfloat16", "float32"]:
-    """The faster one. For the sums it is float32, since a tiny model gains nothing from bfloat16."""
+    """The precision that is faster on a device. But for the sums it is float32: a tiny model gains nothing."""
     if device == "cuda":
         is_fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -1189,6 +1190,8 @@ def main(argv=None) -> None:
         say(f"The first prompt: {tokenizer.decode(problems[0]['prompt'])!r}")
         _, old_policy = load_model(config.model, getattr(torch, config.dtype))
         try:
+            # θ* is not frozen by `requires_grad_`, which `no_grad` makes needless. In bfloat16 on a CPU, torch would then
+            # copy the output layer for each prompt that is read.
             old_policy = old_policy.to(config.device)
             reference = None
             if config.beta:
