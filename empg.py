@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""EM Policy Gradient (EMPG, arXiv 2504.18587): train a language model to reason from nothing but right or wrong.
+"""EM Policy Gradient (EMPG, arXiv 2504.18587): teach a language model to reason by nothing but right or wrong.
 
 This is the whole method, Algorithm 1 of the paper. On the right is the function that does each line.
 
@@ -19,7 +19,8 @@ This is the whole method, Algorithm 1 of the paper. On the right is the function
     12      move θ, by AdamW, along the mean of A ∇log P_θ(response)  (Eq. 12)      update, empg_loss
     13  end for
 
-A response that is better than the others to its problem is made more likely, and a worse one less likely.
+(The two lines without a number are from the paper's text.) A response that is better than the others to its problem is
+made more likely, and a worse one less likely.
 
 In the words of reinforcement learning (RL), the model is the *policy*, and θ are its parameters. A *trajectory* τ is a
 prompt with a response. P_θ(τ) is the probability that the policy gives this response to this prompt. R(τ) is the
@@ -30,16 +31,16 @@ responses to a prompt. (With many prompts, take the mean over them.) Since ∇P_
 
     ∇J(θ) = Σ_τ R(τ) ∇P_θ(τ) = E[R(τ) ∇log P_θ(τ)].                                             (Eq. 4)
 
-This is the *policy gradient*, and to follow it is called REINFORCE. It is an average over responses of the policy, so
+This is the *policy gradient*, and following it is called REINFORCE. It is an average over responses of the policy, so
 N = P·G samples estimate it. A may take the place of R, as `subtract_baseline` and `smooth_rewards` say:
 
     ∇J(θ) ≈ (1/N) Σᵢ A(τᵢ) ∇log P_θ(τᵢ),  up to a positive factor, if rewards are 0 or 1.       (Eq. 12)
 
 Why E and M? In expectation-maximisation, the E-step uses the old parameters, θ*, to find what is hidden: here, the
-rationales that lead to a right answer. To find them is to sample, and to keep what the reward calls right. The M-step
-moves θ to make them likely: that is Eq. 12 with R in the place of A. EMPG adds smoothing and the baseline, by which
-wrong responses count, too. By default there is one update on each batch, so that θ = θ* when the gradient is taken.
-Then the method is RLOO (REINFORCE leave-one-out) with smoothed rewards.
+rationales, that is, the reasoning that leads to a right answer. It samples responses and keeps the right ones only. The
+M-step moves θ to make these likely: that is Eq. 12 with R in the place of A. EMPG adds smoothing and the baseline, by
+which wrong responses count, too. By default there is one update on each batch, so that θ = θ* when the gradient is
+taken. Then the method is RLOO (REINFORCE leave-one-out) with smoothed rewards.
 
 Each of these words has one meaning in this file:
 
@@ -55,7 +56,7 @@ Each of these words has one meaning in this file:
 The first half of this file is the method, to be read from top to bottom. To run it:
 
     python empg.py                         on a laptop, a tiny model learns to add step by step, in about a minute
-    torchrun --nproc-per-node 4 empg.py    on four GPUs of 80 GB, Qwen2.5-1.5B learns GSM8K
+    torchrun --nproc-per-node 4 empg.py    on four GPUs of 80 GB, it trains Qwen2.5-1.5B on GSM8K
 """
 
 import argparse
@@ -113,10 +114,10 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
 
     (N,) finite rewards, with mean μ and standard deviation σ → (N,) float32 from 0 to 1, all 0.5 if they are equal.
 
-    Rewards of 0 and 1, as in the tasks here, become R̃ = low + distance · R, with a distance between 0.46 and 0.55. The
-    low number is in both R̃ and b. So the advantage A = R̃ - b is what it would be without smoothing, times the
-    distance, and the gradient keeps its direction. With rewards that are scores of any size, smoothing bounds what a
-    single response counts. (But μ and σ contain an extreme reward, so that beside it all others become nearly equal.)
+    Rewards of 0 and 1, as in the tasks here, become R̃ = low + distance · R, with a distance between 0.46 and 0.55. In
+    the advantage A = R̃ - b the low number cancels. So A is what it would be without smoothing, times the distance, and
+    the gradient keeps its direction. With rewards that are scores of any size, smoothing limits what a single response
+    counts. (But μ and σ contain an extreme reward, so that beside it all others become nearly equal.)
 
     >>> smooth_rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([0.8497, 0.3595, 0.3595, 0.3595])
@@ -152,8 +153,8 @@ def subtract_baseline(rewards: Tensor) -> Tensor:
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError("subtract_baseline needs rewards of shape (prompts, samples), with two samples or more")
     num_samples = rewards.shape[1]
-    # To subtract the same number from all rewards of a prompt changes no advantage. Take the first of them: then equal
-    # rewards are exactly 0, and rounding cannot leave them a tiny advantage.
+    # Subtracting the same number from all rewards of a prompt changes no advantage. Take the first of them: then equal
+    # rewards become exactly 0, and rounding cannot leave them a tiny advantage.
     shifted = rewards - rewards[:, :1]  # (P, G)
     sum_of_others = shifted.sum(dim=1, keepdim=True) - shifted
     baseline = sum_of_others / (num_samples - 1)
@@ -161,7 +162,7 @@ def subtract_baseline(rewards: Tensor) -> Tensor:
 
 
 def empg_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
-    """The loss of N trajectories: a batch, or a micro-batch, which `update` weighs by its share of the batch.
+    """The loss of N trajectories: a batch, or a micro-batch, which `update` weights by its share of the batch.
 
     Its gradient is minus Eq. 12, since an optimizer goes down and we want to go up:
 
@@ -172,7 +173,7 @@ def empg_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
     would be raised less than short ones, and long wrong responses lowered less.
 
     (N, T) log-probabilities of the response tokens, (N, T) mask with 1 on them and 0 on padding, (N,) advantages →
-    a scalar, in nats.
+    a scalar.
 
     >>> logprobs = torch.tensor([[-0.5, -1.0], [-2.0, 0.0]])
     >>> mask = torch.tensor([[1, 1], [1, 0]])
@@ -302,21 +303,21 @@ def response_logits(model, prompts, responses, temperature=1.0):
     rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
     ids = pad_sequence(rows, batch_first=True).to(device)  # (N, columns)
 
-    # Logits have an entry for each token of the vocabulary, of which Qwen2.5 has 150,000. They are the largest tensor.
+    # Logits have an entry for each token of the vocabulary, and Qwen2.5 has 150,000. They are the largest tensor.
     # None are needed before the column that predicts the first response token. So compute only the last columns, from
     # there on. (In the example, a is in column 2. Column 1 predicts it, so 6 of the 7 columns are kept.)
     first_response = min(len(prompt) for prompt in prompts)
     num_kept = ids.shape[1] - (first_response - 1)
     logits = model(ids, use_cache=False, logits_to_keep=num_kept).logits  # (N, num_kept, V)
 
-    # Token t of a response, counted from 0, is predicted in column len(prompt) + t - 1. Take the logits there, row
-    # after row. (A mask would do, too. But `index_select` is faster, and the logits are large.)
+    # Token t of a response, counted from 0, is predicted in column len(prompt) + t - 1, and the first kept column is
+    # first_response - 1. Take the logits there, row after row. (A mask would do, too, but `index_select` is faster.)
     places = []  # in all kept columns, row after row
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         begin = i * num_kept + len(prompt) - first_response
         places += range(begin, begin + len(response))
     logits = logits.flatten(0, 1).index_select(0, torch.tensor(places, device=device)).float()  # (n, V)
-    if temperature != 1:  # to divide by 1 would be one more copy
+    if temperature != 1:  # dividing by 1 would be one more copy
         logits = logits / temperature
 
     tokens = torch.tensor([token for response in responses for token in response], device=device)  # (n,)
@@ -352,7 +353,7 @@ def log_probs(model, prompts, responses, temperature=1.0):
 def copy_weights(source, target) -> None:
     """Line 4, θ* ← θ: copies the parameters of one model to another. (`train` says why there are two.)"""
     for parameter, its_copy in zip(source.parameters(), target.parameters(), strict=True):
-        # With --shard each process has a piece of a parameter. `whole` joins them, and otherwise does nothing.
+        # With --shard, each process has only a piece of each parameter. `whole` joins the pieces.
         its_copy.copy_(whole(parameter.to(its_copy.dtype)))
 
 
@@ -431,7 +432,7 @@ def micro_batch_loss(policy, micro_batch, config, reference=None):
 
     That keeps the policy near the base model. The KL depends on θ twice: through the next-token distributions, and
     through which responses are sampled. As is common, the gradient takes only the first: the responses are treated as
-    fixed data. (Beside the KL, it matters that smoothing makes the advantages of 0/1 rewards half as large.)
+    fixed data. (Smoothing halves the advantages of 0/1 rewards. So β weighs about twice as much as it would without.)
 
     Returns: the loss; the KL, summed over each response, on average over the micro-batch (nan without a reference).
     """
@@ -473,11 +474,11 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     loss_sum = 0.0
     kl_sum = 0.0
     for i, part in enumerate(tqdm(my_parts, "updating", leave=False, delay=2)):
-        # FSDP exchanges gradients in each pass. DDP needs to do it only in the last one. (DDP's `no_sync()` sets the
-        # same attribute. A model without DDP ignores it.)
+        # DDP is to exchange gradients in the last pass only. This is the attribute that its `no_sync()` sets. (A model
+        # without DDP ignores it. With --shard, FSDP has to exchange them in each pass.)
         policy.require_backward_grad_sync = i == len(my_parts) - 1
-        # In bfloat16 a pass is faster. θ and its gradient are in float32 all the same.
-        # (Each weight is used once in a pass. So its bfloat16 copy need not be kept for a second time.)
+        # In bfloat16 a pass is faster. θ and its gradient are in float32 all the same. (Without `cache_enabled=False`,
+        # torch would keep a bfloat16 copy of each weight until the end of the pass, though it is used only once.)
         in_bfloat16 = config.dtype == "bfloat16"
         with torch.autocast(config.device, torch.bfloat16, enabled=in_bfloat16, cache_enabled=False):
             loss, kl = micro_batch_loss(policy, part, config, reference)
@@ -494,7 +495,7 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
         say(f"      the gradient's norm is {norm.item()}, so θ stays as it is")
     elif parts:
         optimizer.step()
-    # Zero the gradients, but keep them: with DDP they lie in its own buffers, and new ones would take more memory.
+    # Zero the gradients in place: with DDP they lie in its own buffers, and new ones would take more memory.
     optimizer.zero_grad(set_to_none=False)
 
     # 5) Each process has added up its own micro-batches. Join these sums.
@@ -504,12 +505,15 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     return {"loss": sum(losses), "grad_norm": norm.item(), "kl": kl_per_token}
 
 
+def responses_at_a_time(config) -> int:
+    """How many responses a process samples at a time: --sample-batch, or as many as it samples in an iteration."""
+    return min(config.sample_batch, math.ceil(config.prompts_per_step / WORLD_SIZE) * config.num_samples)
+
+
 def evaluate(model, tokenizer, task, problems, config) -> float:
     """The mean reward, with the likeliest token taken each time: the share of right answers, if rewards are 0 or 1."""
     # Sample no more responses at a time than in training, so that the sampler's cache is no larger.
-    responses_of_process = math.ceil(config.prompts_per_step / WORLD_SIZE) * config.num_samples  # in an iteration
-    sample_batch = min(config.sample_batch, responses_of_process)
-    greedy = replace(config, num_samples=1, temperature=0.0, sample_batch=sample_batch)
+    greedy = replace(config, num_samples=1, temperature=0.0, sample_batch=responses_at_a_time(config))
     trajectories = sample_trajectories(model, tokenizer, task, problems, greedy)
     return float(np.mean([trajectory["reward"] for trajectory in trajectories]))
 
@@ -517,9 +521,9 @@ def evaluate(model, tokenizer, task, problems, config) -> float:
 def train(config, policy, old_policy, reference, tokenizer, problems, held_out, output) -> None:
     """Algorithm 1. Each iteration and each evaluation adds a row to OUTPUT/metrics.jsonl.
 
-    Why is there a second model? θ does not change while we sample, so we could sample from θ itself. But to sample from
-    θ* is faster. It is whole in every process, whereas θ may be split over the GPUs. And it is in bfloat16 where that
-    is faster (--dtype). θ has to be in float32, since bfloat16 would round updates of 1e-6 away.
+    Why is there a second model? θ does not change while we sample, so we could sample from θ itself, and on a laptop
+    that would do. But on GPUs sampling from θ* is faster: its weights are in bfloat16 (--dtype), and whole in every
+    process. θ may be split over the GPUs, and has to be in float32, since bfloat16 would round updates of 1e-6 away.
 
     Takes: policy, θ; old_policy, θ*, at first the base model, and on return the trained θ; reference, the frozen base
         model, or None; problems to train on, and held_out ones to evaluate on, all with prompts.
@@ -594,7 +598,9 @@ CUT_MARK = "…"
 class Task:
     """Something to learn. Put your own into TASKS. If `problems` raises ValueError, the command ends and prints it."""
 
-    reward: Callable  # takes the text of a response, and an answer; returns a finite number, whatever the text is
+    # takes a response's text (with CUT_MARK behind it, if the token limit cut it off) and an answer; returns a finite
+    # number, or raises ValueError if the answer is no good
+    reward: Callable
     problems: Callable  # takes --data or None, and "train" or "test"; returns dicts with question and answer, both text
     prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -648,7 +654,7 @@ gsm8k_problems = partial(dataset_problems, ["openai/gsm8k", "main"], "question",
 math_problems = partial(dataset_problems, ["lighteval/MATH-Hard"], "problem", "solution")
 TASKS = {
     # The model in base/ knows two ways to answer, "3+8=11,11+5=16,16+2=18#18" and "#18", which is a guess, often wrong.
-    # Right is what ends with the right sum. So it learns to write down the steps.
+    # What ends with the right sum is right. Sums that are worked out are more often so, and it learns to work them out.
     "sums": Task(lambda text, answer: float(text.endswith(f"#{answer}")), sums_problems, prompt="{question}"),
     "gsm8k": Task(partial(score, "gsm8k"), gsm8k_problems),
     "math-hard": Task(partial(score, "math-hard"), math_problems),
@@ -744,7 +750,8 @@ def room_for_responses(problems, model) -> float:
 
     Raises ValueError if it cannot read all prompts.
     """
-    if max(max(problem["prompt"]) for problem in problems) >= len(model.get_input_embeddings().weight):
+    largest_token = max(max(problem["prompt"]) for problem in problems)
+    if largest_token >= len(model.get_input_embeddings().weight):
         raise ValueError("--model: its tokenizer has tokens that its embeddings lack")
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or math.inf
@@ -784,8 +791,9 @@ def check_model(name: str) -> None:
             logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             alone.append(logits.log_softmax(dim=-1))
 
-        # The sampler's pass t predicts token t. `sample` drops rows when more than a fifth have ended, which of four
-        # rows is at once. So pass t has a row for each response with a token t, in order.
+        # The sampler's pass t predicts token t of all responses that are that long. (`sample` drops rows when more than
+        # a fifth have ended: with four rows, as soon as one has.) Bring what was computed alone into the same order:
+        # all tokens 0, then all tokens 1, and so on.
         in_passes = [each[t] for t in range(5) for each in alone if t < len(each)]
         of_tokens = [each[range(len(response)), response] for each, response in zip(alone, responses)]
         sampler_error = (torch.cat(passes).log_softmax(dim=-1) - torch.stack(in_passes)).abs().max().item()
@@ -801,14 +809,14 @@ def check_model(name: str) -> None:
 
 
 def fail(message, everywhere=False) -> NoReturn:
-    """Ends with one line on standard error, of one process on each machine, or of this one, and exit code 2."""
+    """Prints one line to standard error, in one process on each machine or in this one, and exits with code 2."""
     if LOCAL_RANK == 0 or everywhere:
         print("error:", str(message).splitlines()[0], file=sys.stderr)
     raise SystemExit(2)
 
 
 def fail_together(errors: list[str], made_group: bool) -> None:
-    """Ends all processes if one of them has an error, and says the first. (`made_group` is of `start_processes`.)"""
+    """Ends all processes if one of them has an error, and says the first. (`start_processes` returns `made_group`.)"""
     errors = gather(errors)
     if errors and made_group:
         dist.destroy_process_group()
@@ -830,14 +838,15 @@ def start_processes(device, dtype="float32") -> bool:
         say("This processor is not known to multiply bfloat16, and may be very slow at it: try --dtype float32.")
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-        # For attention with a mask, newer GPUs would take cuDNN's kernel. It is reported to prepare half a second for
-        # each new length (FunASR issue 3704), and the sampler has one at every token.
+        # For attention with a mask, newer GPUs would take cuDNN's kernel. It reportedly prepares for half a second
+        # at each new length (FunASR issue 3704), and the sampler has one at every token.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if dist.is_initialized():
         return False
     # Processes find each other's addresses in a store, a dictionary that all of them read and write. If it is
     # torchrun's own, it outlives a restart (--max-restarts). New processes would find the addresses of those that died,
-    # and wait for them. So let the keys begin with the number of the restart. But each machine counts its own restarts.
+    # and wait for them. So let the keys begin with the number of the restart. But each machine counts its own restarts,
+    # so on several machines the keys may differ.
     is_store_of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if is_store_of_torchrun and restarts and num_processes < WORLD_SIZE:
@@ -866,7 +875,7 @@ def gather(values: list) -> list:
 
 
 def distribute(model, config):
-    """Places a model on this process's device, in float32, with FSDP (--shard), or with DDP if it is one of several."""
+    """Places a model on this process's device, in float32; with several processes, with DDP or FSDP (--shard)."""
     # `_no_split_modules` lists the class names of the model's layers.
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if not layers and (config.gradient_checkpointing or config.shard):
@@ -884,7 +893,7 @@ def distribute(model, config):
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     model = model.to(config.device).float()  # with FSDP, each process converts only its own pieces
-    is_frozen = not any(parameter.requires_grad for parameter in model.parameters())  # so there are no gradients
+    is_frozen = not any(parameter.requires_grad for parameter in model.parameters())  # then DDP has nothing to do
     if config.shard or is_frozen or WORLD_SIZE == 1:
         return model
     # DDP sends gradients from buffers. Let the gradients live there, so that they are not held twice.
@@ -1004,17 +1013,21 @@ def hold_directory(output: Path, options: dict, made_group: bool) -> Iterator[No
             lock.close()
 
 
-def what_to_do(error: BaseException, output: Path) -> str:
+def what_to_do(error: BaseException, config) -> str:
     """A line for a run that has ended because of memory, or because OUTPUT cannot be written any more."""
+    output = Path(config.output)
     checkpoints = sorted(output.glob("checkpoint-*"))
-    then = f"--resume goes on from {checkpoints[-1].name}" if checkpoints else "begin again with --resume"
+    again = f"goes on from {checkpoints[-1].name}" if checkpoints else "begins again"
+    then = f"with --resume --output {output} the command {again}"
     if isinstance(error, torch.OutOfMemoryError):
         functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         remedy = "take a smaller model, or --shard"
         if "sample_trajectories" in functions:
-            remedy = "halve --sample-batch"
+            # A process may sample fewer responses than --sample-batch says, but never fewer than those to one prompt.
+            fewer = responses_at_a_time(config) // 2
+            remedy = f"try --sample-batch {fewer}" if fewer >= config.num_samples else "take fewer --num-samples"
         elif "update" in functions:
-            remedy = "halve --micro-batch-tokens"
+            remedy = f"try --micro-batch-tokens {config.micro_batch_tokens // 2}"
         return f"out of memory: {remedy}; {then}"
     if isinstance(error, dcp.api.CheckpointException):
         [(error, _traceback), *_] = error.failures.values()  # an error of each process that has one
@@ -1031,7 +1044,7 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """The options of a run, with defaults for a pretrained model. (`parse_options` fills in those that are None.)"""
+    """The options of a run, with defaults for a pretrained model. (`parse_options` fills in None, except for `data`.)"""
 
     # What to train, on what
     model: str | None = option(None, "A model of the Hugging Face hub, or a directory. Default: what fits the machine.")
@@ -1110,11 +1123,11 @@ def parse_options(argv) -> Config:
     recipe: dict = {"task": "gsm8k", "device": device}
     has_gpu = device == "cuda" and torch.cuda.is_available()
     gigabytes = torch.cuda.get_device_properties(LOCAL_RANK).total_memory / 1e9 if has_gpu else 0
-    # A GPU that is sold with 24 GB has 22 or more.
+    # A GPU that is sold with 24 GB has 23 to 26 · 10⁹ bytes.
     if asked.model is None and (asked.task == "sums" or (asked.task is None and gigabytes < 22)):
         recipe |= LAPTOP
     elif asked.model is None:
-        # With the other defaults, 1.5B parameters take about 45 GB, and 0.5B about 20 GB: see docs/running.md.
+        # With the other defaults, 1.5B parameters take about 43 GB, and 0.5B about 18 GB: see docs/running.md.
         recipe["model"] = "Qwen/Qwen2.5-1.5B" if gigabytes > 60 else "Qwen/Qwen2.5-0.5B"
     recipe["dtype"] = best_precision(device, asked.task or recipe["task"])
     if asked.resume and asked.output:
@@ -1190,21 +1203,21 @@ def main(argv=None) -> None:
         say(f"The first prompt: {tokenizer.decode(problems[0]['prompt'])!r}")
         _, old_policy = load_model(config.model, getattr(torch, config.dtype))
         try:
-            # θ* is not frozen by `requires_grad_`, which `no_grad` makes needless. In bfloat16 on a CPU, torch would then
-            # copy the output layer for each prompt that is read.
+            # `sample` takes no gradient, so θ* learns nothing. Do not freeze it by `requires_grad_(False)`: with frozen
+            # weights, in bfloat16 on a CPU, torch copies the output layer for each prompt that is read.
             old_policy = old_policy.to(config.device)
             reference = None
             if config.beta:
                 _, reference = load_model(config.model)
                 reference = distribute(reference.requires_grad_(False), config)
-            # A process group can hang if it is destroyed before the DDP wrapper. So the wrapper gets no name in `main`.
+            # A process group can hang if it is destroyed before the DDP wrapper. So `main` keeps no name for it.
             train(config, distribute(policy, config), old_policy, reference, tokenizer, problems, held_out, output)
             # `old_policy` is the trained θ, in --dtype. The last checkpoint has it in float32.
             if RANK == 0:
                 old_policy.save_pretrained(output / "model")
                 tokenizer.save_pretrained(output / "model")
         except (torch.OutOfMemoryError, OSError, dcp.api.CheckpointException) as error:
-            fail(what_to_do(error, output), everywhere=True)
+            fail(what_to_do(error, config), everywhere=True)
     if made_group:
         dist.destroy_process_group()
 

@@ -796,11 +796,13 @@ def describe(rows: list[dict], G: int) -> dict[str, str]:
             scores.append(f"{score:.3f} at k = {k}")
         report["pass@k"] = ", ".join(scores)
 
-        won = []
-        for group in groups:
-            vote = majority_vote([row["answer"] for row in group])
-            won.append(any(row["correct"] for row in group if row["answer"] == vote))
-        report[f"maj@{G}"] = f"{np.mean(won):.3f}"
+        # A task of your own may call a response right whose answer cannot be read here. Then there is nothing to count.
+        if all(row["answer"] is not None for row in rows if row["correct"]):
+            won = []
+            for group in groups:
+                vote = majority_vote([row["answer"] for row in group])
+                won.append(any(row["correct"] for row in group if row["answer"] == vote))
+            report[f"maj@{G}"] = f"{np.mean(won):.3f}"
 
     # MATH has subjects.
     types = np.array([group[0]["type"] or "" for group in groups])
