@@ -599,7 +599,7 @@ class Task:
     """Something to learn. Put your own into TASKS. If `problems` raises ValueError, the command ends and prints it."""
 
     # takes a response's text (with CUT_MARK behind it, if the token limit cut it off) and an answer; returns a finite
-    # number, or raises ValueError if the answer is no good
+    # number, or raises ValueError if the answer is no good: it is first tried with each answer as the text
     reward: Callable
     problems: Callable  # takes --data or None, and "train" or "test"; returns dicts with question and answer, both text
     prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -661,6 +661,16 @@ TASKS = {
 }
 
 
+def try_rewards(task, problems: list[dict]) -> None:
+    """Calls the reward on each problem's own answer, for nothing but its errors: an answer that cannot be read, or a
+    missing eval.py. Raises ValueError if there is one."""
+    for problem in problems:
+        try:
+            task.reward(problem["answer"], problem["answer"])
+        except ValueError as error:
+            raise ValueError(f"{error} (row {problem.get('row', 'unknown')})") from error
+
+
 def load_problems(config) -> tuple[list[dict], list[dict]]:
     """The problems to train on, and the held-out ones. Raises ValueError if some are missing or cannot be read."""
     task = TASKS[config.task]
@@ -676,14 +686,11 @@ def load_problems(config) -> tuple[list[dict], list[dict]]:
     # A question of the test split may also be in the training split, with other spaces and capitals. Never train on it.
     test_questions = {" ".join(problem["question"].lower().split()) for problem in tests}
     problems = [problem for problem in problems if " ".join(problem["question"].lower().split()) not in test_questions]
-    if not problems or (config.eval_every and not tests):
-        raise ValueError("--data: no problems are left to train on, or none are held out")
-    # Call the reward now, for nothing but its errors: an answer that cannot be read, or a missing eval.py.
-    for problem in problems + tests:
-        try:
-            task.reward(problem["answer"], problem["answer"])
-        except ValueError as error:
-            raise ValueError(f"{error} (row {problem.get('row', 'unknown')})") from error
+    if not problems:
+        raise ValueError("--data: no problems are left to train on, as all of their questions are in the test split")
+    if config.eval_every and not tests:
+        raise ValueError("--data: the test split has no problems; give it some, or --eval-every 0")
+    try_rewards(task, problems + tests)
     num_held_out = config.eval_problems if config.eval_every else 0
     order = np.random.default_rng(0).permutation(len(tests))
     return problems, [tests[index] for index in order[:num_held_out]]
@@ -965,6 +972,11 @@ def save_checkpoint(output, step, metrics, policy, optimizer) -> None:
             shutil.rmtree(old)
 
 
+def cause(error: BaseException) -> BaseException:
+    """The error of one process, out of what `dcp` raises, which has those of all. Any other is returned as it is."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+
+
 def load_checkpoint(output, policy, optimizer, config):
     """With --resume, restores the newest checkpoint. Returns its iteration and rows of metrics, or 0 and []."""
     # What the first process sees: another one may have an old list of the files.
@@ -976,7 +988,8 @@ def load_checkpoint(output, policy, optimizer, config):
     try:
         dcp.load(state, checkpoint_id=newest)
     except (Exception, dcp.api.CheckpointException) as error:  # noqa: BLE001 - CheckpointException is a BaseException
-        fail(f"--output {output}: {newest.name} is damaged; remove it to begin again ({type(error).__name__})")
+        what = f"{newest.name} cannot be read; try again, or, if it is damaged, remove it to begin again"
+        fail(f"--output {output}: {what} ({cause(error)!r})")
     if state["step"] > config.steps:
         fail(f"--steps {config.steps}: the run in {output} has {state['step']} already; give as many or more")
     say(f"Resuming after iteration {state['step']}")
@@ -1015,23 +1028,26 @@ def hold_directory(output: Path, options: dict, made_group: bool) -> Iterator[No
 
 def what_to_do(error: BaseException, config) -> str:
     """A line for a run that has ended because of memory, or because OUTPUT cannot be written any more."""
-    output = Path(config.output)
-    checkpoints = sorted(output.glob("checkpoint-*"))
+    functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    checkpoints = sorted(Path(config.output).glob("checkpoint-*"))
     again = f"goes on from {checkpoints[-1].name}" if checkpoints else "begins again"
-    then = f"with --resume --output {output} the command {again}"
+    then = f"with --resume --output {config.output} the command {again}"
     if isinstance(error, torch.OutOfMemoryError):
-        functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        remedy = "take a smaller model, or --shard"
-        if "sample_trajectories" in functions:
-            # A process may sample fewer responses than --sample-batch says, but never fewer than those to one prompt.
-            fewer = responses_at_a_time(config) // 2
-            remedy = f"try --sample-batch {fewer}" if fewer >= config.num_samples else "take fewer --num-samples"
-        elif "update" in functions:
-            remedy = f"try --micro-batch-tokens {config.micro_batch_tokens // 2}"
+        is_learning = "update" in functions and "step" not in functions  # `step` is AdamW's, which makes its averages
+        fewer_responses = responses_at_a_time(config) // 2
+        fewer_tokens = config.micro_batch_tokens // 2
+        if "sample_trajectories" in functions and fewer_responses >= config.num_samples:
+            remedy = f"try --sample-batch {fewer_responses}"
+        elif is_learning and fewer_tokens >= config.max_new_tokens:
+            remedy = f"try --micro-batch-tokens {fewer_tokens}"
+        elif is_learning and not config.gradient_checkpointing:
+            remedy = "try --gradient-checkpointing"
+        else:
+            remedy = "take more GPUs, with --shard, or a smaller model, in a new --output"
         return f"out of memory: {remedy}; {then}"
-    if isinstance(error, dcp.api.CheckpointException):
-        [(error, _traceback), *_] = error.failures.values()  # an error of each process that has one
-    return f"--output {output}: cannot be written ({error}); {then}"
+    if "sample_trajectories" in functions:
+        raise error  # a task's reward may have files of its own
+    return f"--output {config.output}: cannot be written ({cause(error)}); {then}"
 
 
 # ------------------------------ Options and the command line ------------------------------
@@ -1121,7 +1137,8 @@ def parse_options(argv) -> Config:
     asked = parser.parse_args(argv)
     device = asked.device or default_device()
     recipe: dict = {"task": "gsm8k", "device": device}
-    has_gpu = device == "cuda" and torch.cuda.is_available()
+    # (If there are more processes than GPUs, `start_processes` will say so.)
+    has_gpu = device == "cuda" and torch.cuda.is_available() and LOCAL_RANK < torch.cuda.device_count()
     gigabytes = torch.cuda.get_device_properties(LOCAL_RANK).total_memory / 1e9 if has_gpu else 0
     # A GPU that is sold with 24 GB has 23 to 26 · 10⁹ bytes.
     if asked.model is None and (asked.task == "sums" or (asked.task is None and gigabytes < 22)):

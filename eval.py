@@ -699,6 +699,7 @@ def prepare(options: Options) -> tuple:
     """The problems, with prompts, the tokenizer and the model. Raises ValueError if an option cannot work."""
     task = TASKS[options.task]
     problems = task.problems(options.data, options.split)[: options.limit]
+    empg.try_rewards(task, problems)
     tokenizer, model = empg.load_model(options.model, getattr(torch, options.dtype))
     if RANK == 0:
         empg.check_model(options.model)
@@ -718,25 +719,32 @@ def fingerprint(model) -> str:
     return hashlib.sha256(torch.cat(values).numpy().tobytes()).hexdigest()[:16]
 
 
-def evaluate(options: Options, problems: list[dict], tokenizer, model) -> list[dict]:
-    """Samples responses to all problems, and grades them. What --output has already is not sampled again.
+def write_rows(output: str, rows: Sequence[dict], anew: bool = False) -> None:
+    """Adds rows to --output, or writes it anew. Ends with a line if it cannot."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        if anew:
+            empg.write_atomically(Path(output), text)
+        else:
+            with Path(output).open("a") as stream:
+                stream.write(text)
+    except OSError as error:
+        fail(f"--output {output}: cannot be written ({error.strerror}); repeat the command", everywhere=True)
 
-    Returns: a row for each response, those of the first problem first.
+
+def take_up(options: Options, problems: list[dict], model) -> list[dict]:
+    """The rows that an interrupted command has left in --output. (If there are none, that begins with the options.)
+
     Raises: ValueError if --output has results of other options.
     """
-    task = TASKS[options.task]
-    G = options.num_samples
+    if options.output is None:
+        return []
     # The first line of a results file has the options that say what was computed.
     names = ["model", "task", "data", "split", "limit", "num_samples", "temperature", "max_new_tokens", "seed", "dtype"]
     header: dict[str, Any] = {name: getattr(options, name) for name in names}
     header |= {"problems": len(problems), "weights": fingerprint(model)}
-    file = None if options.output is None else Path(options.output)
-
-    # The first process reads what an interrupted command has left, and tells the others.
-    found: list[tuple[dict, list[dict]]] = []
-    if RANK == 0:
-        found = [read_results(file) if file is not None and file.is_file() else (header, [])]
-    [(header_of_file, rows)] = empg.gather(found)
+    file = options.output
+    header_of_file, rows = read_results(file) if Path(file).is_file() else (header, [])
     other = {name: header_of_file.get(name) for name in header if header_of_file.get(name) != header[name]}
     if "weights" in other:
         raise ValueError(
@@ -744,9 +752,17 @@ def evaluate(options: Options, problems: list[dict], tokenizer, model) -> list[d
         )
     if other:
         raise ValueError(f"--output {file}: has results of {other}; repeat these options, or name another file")
-    if file is not None and RANK == 0:
-        empg.write_atomically(file, "".join(json.dumps(row) + "\n" for row in (header, *rows)))
+    write_rows(file, [header, *rows], anew=True)
+    return rows
 
+
+def evaluate(options: Options, problems: list[dict], tokenizer, model, rows: list[dict]) -> list[dict]:
+    """Samples responses to all problems, and grades them. `rows` are those that `take_up` has found.
+
+    Returns: a row for each response, those of the first problem first.
+    """
+    task = TASKS[options.task]
+    G = options.num_samples
     problems_at_a_time = max(1, options.sample_batch * WORLD_SIZE // G)
     starts = range(len(rows) // G, len(problems), problems_at_a_time)
     for start in tqdm(starts, "evaluating", leave=False, delay=2):
@@ -770,9 +786,8 @@ def evaluate(options: Options, problems: list[dict], tokenizer, model) -> list[d
             }
             new_rows.append(row)
         rows += new_rows
-        if file is not None and RANK == 0:
-            with file.open("a") as stream:
-                stream.write("".join(json.dumps(row) + "\n" for row in new_rows))
+        if options.output is not None and RANK == 0:
+            write_rows(options.output, new_rows)
     return rows
 
 
@@ -891,14 +906,15 @@ def read_runs(runs: list[str]) -> dict[str, list[list[dict]]]:
             rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
         except (OSError, ValueError) as error:
             raise ValueError(f"{run}: is not the directory of a run ({error})") from error
-        name = Path(run).name
-        stem = re.sub(r"\W*\d+$", "", name)
+        stem = re.sub(r"\W*\d+$", "", Path(run).name)
         same = json.dumps({key: value for key, value in options.items() if key not in SAME_SETTING})
-        settings.setdefault((stem, same), []).append((name, rows))
+        settings.setdefault((stem, same), []).append((run, rows))
 
     labelled = {}
     for (stem, _), seeds in settings.items():
-        label = f"{stem}, {len(seeds)} seeds" if len(seeds) > 1 else seeds[0][0]
+        label = f"{stem}, {len(seeds)} seeds" if len(seeds) > 1 else Path(seeds[0][0]).name
+        if label in labelled:  # by runs with other options
+            label = ", ".join(run for run, _ in seeds)
         labelled[label] = [rows for _, rows in seeds]
     return labelled
 
@@ -956,12 +972,40 @@ def parse_options(argv) -> Options:
             fail(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if not 0 <= options.temperature < math.inf:
         fail(f"--temperature {options.temperature}: must be finite, and not negative")
+    if options.seed < 0:
+        fail(f"--seed {options.seed}: must not be negative")
     things_to_do = [bool(options.model), bool(options.compare), bool(options.curves)]
     if sum(things_to_do) != 1 or (options.compare and len(options.compare) != 2):
         fail("choose one of --model NAME, --compare A B and --curves RUN ...")
     if options.task not in TASKS:
         fail(f"--task {options.task}: choose {', '.join(TASKS)}")
     return options
+
+
+def score_model(options: Options) -> dict[str, str]:
+    """The report on a model. Ends with a line, before any response is sampled, if an option cannot work."""
+    made_group = empg.start_processes(options.device, options.dtype)
+    errors = []
+    try:
+        check_output(options.output)
+        problems, tokenizer, model = prepare(options)
+    except ValueError as error:
+        errors.append(str(error))
+    empg.fail_together(errors, made_group)
+    rows: list[dict] = []
+    try:
+        if RANK == 0:
+            rows = take_up(options, problems, model)
+    except ValueError as error:
+        errors.append(str(error))
+    empg.fail_together(errors, made_group)
+    try:
+        rows = evaluate(options, problems, tokenizer, model, empg.gather(rows))
+    except torch.OutOfMemoryError:
+        fail("out of memory: halve --sample-batch, and repeat the command", everywhere=True)
+    if made_group:
+        empg.dist.destroy_process_group()
+    return describe(rows, options.num_samples) | paper_scores(options.model, options.task)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -972,29 +1016,10 @@ def main(argv: list[str] | None = None) -> None:
             report = compare(*options.compare)
         elif options.curves:
             report = draw_curves(options.curves, options.output or "curves.png")
-        else:
-            check_output(options.output)
-            made_group = empg.start_processes(options.device, options.dtype)
-            errors = []
-            try:
-                prepared = prepare(options)
-            except ValueError as error:
-                errors.append(str(error))
-            empg.fail_together(errors, made_group)
-            try:
-                rows = evaluate(options, *prepared)
-            except torch.OutOfMemoryError:
-                fail("out of memory: halve --sample-batch, and repeat the command", everywhere=True)
-            except OSError as error:
-                fail(
-                    f"--output {options.output}: cannot be written ({error.strerror}); repeat the command",
-                    everywhere=True,
-                )
-            report = describe(rows, options.num_samples) | paper_scores(options.model, options.task)
-            if made_group:
-                empg.dist.destroy_process_group()
     except ValueError as error:
         fail(error)
+    if options.model:
+        report = score_model(options)
     for name, text in report.items():
         say(f"{name:<21} {text}")
 

@@ -2276,7 +2276,7 @@ def test_a_task_without_held_out_problems(tiny, tmp_path, capfd, monkeypatch):
     """If a task of one's own has no problems to evaluate on, an evaluation is refused."""
     problems = [{"question": "1+1=", "answer": "2"}]
     change(monkeypatch, problems=lambda _, split: problems if split == "train" else [])
-    refuses(capfd, empg.main, options(tiny, tmp_path / "out"), "--data", "none are held out")
+    refuses(capfd, empg.main, options(tiny, tmp_path / "out"), "--data", "--eval-every 0")
 
 
 def test_a_model_of_nan_is_refused(tmp_path, capfd):
@@ -2386,28 +2386,57 @@ def run_out_of_memory(*args, **keywords):
 
 
 @pytest.mark.parametrize(
-    ("function", "sample_batch", "remedy"),
+    ("where", "changes", "words"),
     [
-        ("sample", 512, "try --sample-batch 8"),  # an iteration has 4 prompts × 4 samples
-        ("sample", 4, "take fewer --num-samples"),
-        ("micro_batch_loss", 512, "try --micro-batch-tokens 1024"),
+        ("empg.sample", {}, ["try --sample-batch 8", "checkpoint-000001"]),  # an iteration has 4 prompts × 4 samples
+        ("empg.sample", {"sample_batch": 4}, ["a smaller model, in a new --output"]),
+        ("empg.micro_batch_loss", {}, ["try --micro-batch-tokens 1024", "checkpoint-000001"]),
+        ("empg.micro_batch_loss", {"micro_batch_tokens": 8}, ["try --gradient-checkpointing", "checkpoint-000001"]),
+        ("torch.optim.AdamW._init_group", {}, ["more GPUs, with --shard"]),
     ],
 )
-def test_out_of_memory(
-    function, sample_batch, remedy, tiny, tmp_path, capfd, odd_is_right, monkeypatch, group_of_the_test
-):
-    """A line says how to compute less at a time, and from where the run goes on, as it then does."""
+def test_out_of_memory(where, changes, words, tiny, tmp_path, capfd, odd_is_right, monkeypatch, group_of_the_test):
+    """A line says what to change, and from where the run goes on, if it can with that change, as it then does."""
     empg.main(options(tiny, tmp_path, steps=1, eval_every=0))
-    again = options(tiny, tmp_path, "--resume", steps=2, eval_every=0, sample_batch=sample_batch)
+    again = options(tiny, tmp_path, "--resume", steps=2, eval_every=0, **changes)
     monkeypatch.setattr(empg, "check_model", lambda name: None)
     with monkeypatch.context() as patch:
-        patch.setattr(empg, function, run_out_of_memory)
-        refuses(capfd, empg.main, again, "out of memory", remedy, f"--output {tmp_path}", "checkpoint-000001")
-    empg.main(again)
-    with monkeypatch.context() as patch:
-        patch.setattr(empg, "sample", run_out_of_memory)
-        words = [f"--model={tiny}", "--task=sums", "--limit=2", "--max-new-tokens=4", "--device=cpu"]
-        refuses(capfd, scoring.main, words, "out of memory", "halve --sample-batch")
+        patch.setattr(where, run_out_of_memory)
+        refuses(capfd, empg.main, again, "out of memory", *words)
+    if "checkpoint-000001" in words:
+        empg.main([*again, *words[0].removeprefix("try ").split()])
+
+
+def test_out_of_memory_while_scoring(tiny, capfd, monkeypatch):
+    """A line says what to halve."""
+    monkeypatch.setattr(empg, "check_model", lambda name: None)
+    monkeypatch.setattr(empg, "sample", run_out_of_memory)
+    words = [f"--model={tiny}", "--task=sums", "--limit=2", "--max-new-tokens=4", "--device=cpu"]
+    refuses(capfd, scoring.main, words, "out of memory", "halve --sample-batch")
+
+
+def test_an_error_of_a_reward_is_its_own(tiny, tmp_path, monkeypatch, group_of_the_test):
+    """If the reward of a task of one's own misses a file, or is wrong about a text, this is what is said, in training
+    and in scoring: not that --output cannot be written, nor nothing at all."""
+    for error in (FileNotFoundError("gcc"), ValueError("no number")):
+
+        def reward(text, answer, error=error):
+            if text != answer:
+                raise error
+            return 1.0
+
+        change(monkeypatch, reward=reward)
+        with pytest.raises(type(error), match=str(error)):
+            empg.main(options(tiny, tmp_path / str(error)))
+        with pytest.raises(type(error), match=str(error)):
+            scoring.main([f"--model={tiny}", "--task=sums", "--limit=2", "--max-new-tokens=4", "--device=cpu"])
+
+
+def test_scoring_reads_all_answers_first(tiny, tmp_path, capfd, monkeypatch):
+    """An answer that cannot be read is found before any response is sampled, and its row is named."""
+    data = write_rows(tmp_path / "data", test=[ROW, ROW | {"answer": "a dozen"}])
+    monkeypatch.setattr(empg, "sample", None)
+    refuses(capfd, scoring.main, [f"--model={tiny}", "--task=gsm8k", f"--data={data}", "--device=cpu"], "row 2")
 
 
 def files_in(directory: Path) -> dict[Path, bytes]:
@@ -2457,7 +2486,7 @@ def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, capfd, odd_is_right):
     empg.main(options(tiny, tmp_path, steps=1))
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     again = options(tiny, tmp_path, "--resume", steps=2)
-    expected = ("--output", f"{checkpoint.name} is damaged", "remove it")
+    expected = ("--output", f"{checkpoint.name} cannot be read", "remove it")
     largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     refuses(capfd, empg.main, again, *expected)
@@ -2494,6 +2523,7 @@ def test_a_plain_command_stands_for_what_suits_the_machine(gigabytes, cpu, words
     win. The precision is bfloat16 where the device multiplies it, except for the sums; eval.py chooses likewise."""
     memory = types.SimpleNamespace(total_memory=gigabytes * 1e9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gigabytes > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, cpu: True})
@@ -2509,10 +2539,14 @@ def test_bfloat16_where_it_is_slow(monkeypatch, tiny, capsys):
     memory = types.SimpleNamespace(total_memory=80e9)
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: asked.append(number) or memory)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(empg, "LOCAL_RANK", 3)
     assert empg.parse_options([]).dtype == "float32"
+    # A process too many asks for nothing, so that it is `start_processes` that ends it, with a line.
+    monkeypatch.setattr(empg, "LOCAL_RANK", 4)
+    empg.parse_options([])
     assert set(asked) == {3}
     old, new = {"avx2": True}, {"avx2": True, "avx512_bf16": True}
     for capabilities, dtype, is_said in ((old, "bfloat16", True), (new, "bfloat16", False), (old, "float32", False)):
@@ -2734,6 +2768,7 @@ def test_compare(tmp_path, capfd):
         ("--model x --limit 0", "--limit 0"),
         ("--model x --temperature -1", "--temperature -1"),
         ("--model x --temperature nan", "--temperature nan"),
+        ("--model x --seed -1", "--seed -1"),
         ("--model x --output /proc/x.jsonl", "cannot be made"),
     ],
 )
@@ -2782,6 +2817,12 @@ def test_curves(tmp_path, capsys, figures):
     assert seeds.get_linestyle() != single.get_linestyle()
     assert accuracy.lines[0].get_xdata().tolist() == [0]
     assert [text.get_text() for text in figure.legends[0].texts] == ["x, 2 seeds", "z-0"]
+
+    # Runs of one name with other options do not take each other's place.
+    other = tmp_path / "other/z-0"
+    shutil.copytree(tmp_path / "z-0", other)
+    (other / "config.json").write_text(json.dumps({"seed": 0, "lr": 3}))
+    assert list(scoring.read_runs([str(tmp_path / "z-0"), str(other)])) == ["z-0", str(other)]
 
 
 # ------------------------------ The base model, and the README's examples ------------------------------

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The rows of the tables in studies/README.md, from the records of runs.
+"""Rows for the tables in studies/README.md, from the records of runs.
 
     python studies/tables.py runs/empg-? runs/grpo-?     a row for each setting, mean ± standard deviation of its seeds
     python studies/tables.py --seconds 30 runs/empg-?    and the accuracy after so many seconds of iterations
