@@ -2482,18 +2482,18 @@ def test_a_run_of_an_older_revision_is_refused(tiny, tmp_path, capfd, odd_is_rig
 
 
 def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, capfd, odd_is_right):
-    """A checkpoint with a file that is cut, empty or missing is refused in a line that names it."""
+    """A checkpoint with a file that is cut, empty or missing is refused in a line that names it, and the cause."""
     empg.main(options(tiny, tmp_path, steps=1))
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     again = options(tiny, tmp_path, "--resume", steps=2)
     expected = ("--output", f"{checkpoint.name} cannot be read", "remove it")
     largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
-    refuses(capfd, empg.main, again, *expected)
+    refuses(capfd, empg.main, again, *expected, "(RuntimeError(")
     largest.write_bytes(b"")
-    refuses(capfd, empg.main, again, *expected)
+    refuses(capfd, empg.main, again, *expected, "(EOFError(")
     (checkpoint / ".metadata").unlink()
-    refuses(capfd, empg.main, again, *expected)
+    refuses(capfd, empg.main, again, *expected, "No such file")
 
 
 @pytest.mark.parametrize(
