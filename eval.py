@@ -85,7 +85,7 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # What stands between two boxes that are one list: a comma, "or" or "and", and perhaps a name, as in "or x =".
-JOINED = re.compile(r" ?(?:,|,? ?(?:\\text ?\{ ?)?(?:or|and)\b) ?(?:or|and)? ?(?:[a-zA-Z] ?= ?)?")
+JOINED = re.compile(r" ?(?:[,;]|,? ?(?:\\(?:text|mathrm|mbox) ?\{ ?)?(?:or|and)\b) ?(?:or|and)? ?(?:[a-zA-Z] ?= ?)?")
 
 
 def box_contents(text: str, start: int) -> tuple[str | None, int]:
@@ -123,7 +123,7 @@ def last_boxed(text: str) -> str | None:
     for match in [*BOX.finditer(text)][-10:]:
         if match.start() < end:
             continue  # this box is within another one
-        between = re.sub(r"[\s$}]+", " ", text[end : match.start()])
+        between = re.sub(r"(?:\\(?:q?quad\b|[()\[\],:;! ])|[\s$}*])+", " ", text[end : match.start()])
         contents, end = box_contents(text, match.end())
         if contents is None:
             return None
@@ -154,7 +154,7 @@ SPELLINGS = [
     (r"(?<!\\)\\[()\[\]]", ""),  # \( and \[ around a formula
     # Separators of thousands: 1{,}800, 1,\!800, 1\,800, and spaces that do not break a line
     (r"(?<=\d)(?:\{,\}|,?\\!|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),
-    (r"(?<!\\)\\[,:;! ]|~", " "),
+    (r"(?<!\\)\\(?:[,:;! ]|q?quad(?![a-zA-Z]))|~", " "),
     # Degrees: 22^\circ, 22^{\circ}, 22°C
     (r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|°)\s*(?:[CF]\b|\\text\{\s*[CF]\s*\})?", ""),
     (r"\\?%", ""),
@@ -272,7 +272,7 @@ def number_of(text: str) -> Fraction | None:
     for i, side in enumerate(sides):
         side = re.sub(r"_\{?\w+\}?", "", side)  # without an index
         is_name = i == 0 and re.fullmatch(NAME, side)
-        if re.search(NOT_A_NAME, side) or not (is_name or re.fullmatch(CALCULATION, side)):
+        if re.search(NOT_A_NAME, side, re.IGNORECASE) or not (is_name or re.fullmatch(CALCULATION, side)):
             return None
     if not sides:
         last = re.sub(f"^{NAME}:", "", last)  # a name may also stand before a colon
@@ -291,6 +291,13 @@ def number_of(text: str) -> Fraction | None:
     return -value if sign == "-" else value
 
 
+# Words before a number that make it another one, or not the answer
+OTHER_NUMBER = re.compile(
+    r"\b(?:minus|negative|not|or|half(?: of)?|twice|double|(?:less|more|fewer) than|at (?:most|least))[\s$*]+$",
+    re.IGNORECASE,
+)
+
+
 def last_number(text: str) -> str | None:
     """The last number of a text, up to the end of its sentence, unless it is a part of a calculation or of a list."""
     text = rewrite(text, SPELLINGS + PLAIN)
@@ -301,7 +308,7 @@ def last_number(text: str) -> str | None:
     before = re.split(r"\n|[.!?]\s", text[:start])[-1]
     is_in_list = re.search(r"\d", before) and re.search(r"\bor\s+(?:\w+\s+){0,2}$", before[-50:])
     is_bullet = re.fullmatch(r"\s*[*+-]\s*", before)
-    if is_in_list or (UNFINISHED.search(before) and not is_bullet):
+    if is_in_list or OTHER_NUMBER.search(before) or (UNFINISHED.search(before) and not is_bullet):
         return None
     return re.split(r"\n|[.!?](?:\s|$)", text[start:])[0]
 
@@ -420,7 +427,7 @@ def normal(formula: str) -> str:
     words = LAST_WORDS.search(formula)
     if words and len(re.findall(WORD, words[0])) <= 5 and is_unit(words[words.lastindex or 0]):
         formula = formula[: words.start()]
-    return formula.strip(" .\n")
+    return formula.strip().rstrip(" .\n")
 
 
 def last_side(formula: str) -> str | None:
@@ -466,6 +473,8 @@ def is_finished(formula: str, gold: str) -> bool:
     if set(re.findall(FUNCTION, formula)) - set(re.findall(FUNCTION, gold)):
         return False
     if re.search(r"\\(?:sqrt|pi)", gold) and re.search(r"\d\.\d", formula) and "." not in gold:
+        return False
+    if re.search(RELATION, formula) and not (re.search(RELATION, gold) or brackets(gold) or r"\cup" in gold):
         return False
     if re.search(RELATION, gold) or not re.search(RELATION, formula):
         # Pairs and intervals have their brackets, and lists have none. (A union begins and ends with those of two.)
@@ -554,11 +563,17 @@ def is_right_formula(given: str | None, answer: str) -> float:
         # A number is compared as in GSM8K, so that it is worked out. But a single letter may be a variable.
         has_variable = re.search(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", formula)
         return float(not has_variable and number_of(formula) == number_of(gold))
-    base = re.fullmatch(r"(\d\w*)_\d+", gold)
+    base = re.fullmatch(r"(-?\d\w*)_\d+", gold)
     if formula and (is_same(formula, gold) or (base and is_same(formula, base[1]))):  # of 28_9 the base may be left out
         return 1.0
     is_word = re.fullmatch(r"[a-zA-Z .'-]*[a-zA-Z]{2}[a-zA-Z .'-]*", gold)
-    if not formula or is_word or not (is_readable(formula) and is_readable(gold) and is_finished(formula, gold)):
+    if is_word:
+        return float(is_same(formula.casefold(), gold.casefold()))
+    if not formula or not (is_readable(formula) and is_readable(gold) and is_finished(formula, gold)):
+        return 0.0
+    # To math_verify, R and r are the same variable.
+    letters = re.sub(r"\\[a-zA-Z]+|[a-zA-Z]{3,}", "", formula + gold)
+    if any(letter.isupper() and letter.lower() in letters for letter in letters):
         return 0.0
     return float(within(2, lambda: are_equal(gold, formula)))
 
@@ -613,7 +628,7 @@ def is_same_answer(one: str, two: str) -> bool:
     numbers = number_of(one), number_of(two)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    return one == two or (bool(normal(two)) and is_right_formula(one, two) == 1)
+    return one == two or (bool(normal(gold_answer(two))) and is_right_formula(one, two) == 1)
 
 
 def majority_vote(answers: Sequence[str | None]) -> str | None:
@@ -859,12 +874,14 @@ def compare(file_a: str, file_b: str) -> dict[str, str]:
     for file in (file_a, file_b):
         header, rows = read_results(file)
         G = header["num_samples"]
+        if len(rows) != header.get("problems", -1) * G:
+            raise ValueError(f"--compare: {file} is not complete; repeat its command, which goes on with it")
         questions.append([row["question"] for row in rows[::G]])
         correct = np.array([row["correct"] for row in rows], float)
         accuracies.append(correct.reshape(-1, G).mean(axis=1))
         mean_tokens.append(np.mean([row["tokens"] for row in rows]))
     if questions[0] != questions[1]:
-        raise ValueError("--compare: the files are not of the same problems, or not complete")
+        raise ValueError("--compare: the files are not of the same problems")
 
     a, b = accuracies
     only_a = int((a > b).sum())
@@ -1015,7 +1032,9 @@ def main(argv: list[str] | None = None) -> None:
         if options.compare:
             report = compare(*options.compare)
         elif options.curves:
-            report = draw_curves(options.curves, options.output or "curves.png")
+            picture = options.output or "curves.png"
+            check_output(picture)
+            report = draw_curves(options.curves, picture)
     except ValueError as error:
         fail(error)
     if options.model:

@@ -1058,6 +1058,14 @@ D, E :: D,E | E, D | \text{D, E} | \text{D and E} | D \text{ and } E :: D | D, F
 \frac{x^2}{16}-\frac{y^2}{9}=1 :: \frac{x^2}{16} - \frac{y^2}{9} = 1 | x^2/16-y^2/9=1 :: \frac{x^2}{9}-\frac{y^2}{16}=1 | \frac{x^2}{16}+\frac{y^2}{9}=1 | 1
 \text{Monday} :: Monday | \text{Monday} | \textbf{Monday} | \mathrm{Monday} | \text{ Monday } :: noMday | \text{Tuesday or } = Monday | Tuesday | \text{Monday or Tuesday} | M
 x^2+2x+1 :: (x+1)^2 | 1 + 2x + x^2 | x(x+2)+1 | y = x^2+2x+1 | (1+x)(1+x) :: x^2+2x | (x+1) | x^2+2x+1, 1 | (x+1)^3 | x^2 + 2x + 2
+\frac{1}{2} :: .5 | 0.5 :: 5 | .05
+.0625 :: .0625 | 0.0625 | \frac{1}{16} :: 625 | 0.625
+75 :: 75 | 75. :: .75 | 0.75
+-1, 3 :: -1, 3 | x=-1 \quad \text{or} \quad x=3 | -1, \quad 3 | \{-1, 3\} :: -1 < x < 3 | -1 \le x \le 3 | (-1, 3) | [-1, 3]
+\frac{R}{2} :: \frac{R}{2} | R/2 | 0.5R :: \frac{r}{2} | r/2
+2A + a :: 2A+a | 2A + a. :: 2a+A | 2A+A | 3a
+-221_3 :: -221_3 | -221 | -221_{3} :: 221 | -221_4 | -25
+\text{odd} :: odd | \text{Odd} | \text{odd} :: \text{even} | od | \text{not odd}
 y = 2x+3 :: y=3+2x | 2x + 3 = y | y = 2x + 3. | y-3=2x | 2x+3 :: y = 2x - 3 | y = 2x | y = 3x+2 | x = 2y+3 | 0
 14 - i :: 14 - 1.0i | 14-i | -i + 14 | 14 - 1i | z = 14 - i :: 14 + i | 14 | -i | 14 - 2i | 14i
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} :: \begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix} :: -\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix}s | \begin{pmatrix} 2 \\ 1 \end{pmatrix}
@@ -1091,6 +1099,10 @@ The answer is 17 or 18. :: None | The answer is 18, 19 or 20. :: None | The answ
 The answer is 18 = 2 * 9. :: None | The answer is 18 thousand. :: None | The answer is between 17 and 18. :: None | The answer is 2x = 18. :: None
 The answer is 18 because 9*2 is 18. :: 18 | So she makes <<9*2=18>>18 dollars. :: 18 | So she arrives at 5:00 PM. :: 5 | So each gets 2 1/2 hours. :: 2.5 | So he eats 1/4. :: 0.25 | It is −5 degrees. :: -5 | There are 5 * 241 = 1,205 boxes :: 1205
 10-3 :: None | there are 10 -3 :: None | * 18 apples :: 18 | #### Step 2: Find it¶So it is 18. :: 18 | 18 = 2 * 9 :: None | It is 17 or 18. :: None | pages 17-18 :: None | from 17 to 18 :: None | 17 and 18 :: None | 16, 17, 18 :: None
+So she gains minus 18. :: None | It is not 18. :: None | So it is half of 18. :: None | It is seventeen or 18. :: None
+She has at least 18 apples. :: None | It is more than $18. :: None | It is **not** 18, or 17. So 18. :: 18 | It is negative 18. :: None
+\(\boxed{17}\) or \(\boxed{18}\) :: None | \[\boxed{17}\]¶or¶\[\boxed{18}\] :: None | $\boxed{17} \quad \text{or} \quad \boxed{18}$ :: None
+\boxed{\text{Half} = 18} :: None | \boxed{\text{half} = 18} :: None | so \(\boxed{18}\). :: 18 | \boxed{17}. So \(\boxed{18}\) :: 18
 on the 18th :: None | in row B18 :: None | 18 thousand :: None | 3 * 6 :: None | at 5:30 :: None | 2024-05-18 :: None | 18 and a half :: None | x - 18 :: None
 \boxed{5}. No: \boxed{18}, I hope. 7 :: 18 | so $\boxed {18}$. :: 18 | so $\boxed 18$. :: 18 | so \boxed{18}. I put it in \boxed{}. :: 18
 \boxed{17} or \boxed{18} :: None | \boxed{17}, \boxed{18} :: None | \boxed{17}, \boxed{}, \boxed{18} :: None | $x = \boxed{17}$ or $x = \boxed{18}$ :: None | no idea :: None
@@ -1134,6 +1146,11 @@ So $\boxed{5}$ and $\boxed{6}$. :: 5, 6 | 6,5 | 5 \text{ and } 6 :: 6 | 5 | 56
 So it is $\boxed{\frac{2\sqrt{53}+53}{53}}$. Then $a+b+c+d$ is $\boxed{161}.$ :: 161 :: \frac{2\sqrt{53}+53}{53} | 53, 161
 We find $\boxed{\frac{25}{13}} = \boxed{1\frac{12}{13}}$ units. :: \frac{25}{13} | 1\frac{12}{13} | 25/13 :: 25, 13 | 1
 If $x^2=9$ and $x$ is positive, then $x=\boxed 3$. :: 3 :: 9 | -3
+It is \(x = \boxed{2}\) or \(x = \boxed{-1}\). :: 2, -1 | -1, 2 :: -1 | 2
+It is $\boxed{2}, \quad \boxed{-1}$. :: 2, -1 | -1, 2 :: -1 | 2
+It is $x = \boxed{2} \quad \text{or} \quad x = \boxed{-1}$. :: 2, -1 | -1, 2 :: -1 | 2
+It is $\boxed{2}$; $\boxed{-1}$. :: 2, -1 | -1, 2 :: -1 | 2
+It is **$\boxed{2}$** or **$\boxed{-1}$**. :: 2, -1 | -1, 2 :: -1 | 2
 It is $\boxed{87}.$ Alternatively, note that it is $\boxed{87}.$ :: 87 :: 87, 88 | 8
 """
 
@@ -2726,7 +2743,7 @@ def test_results_of_other_weights_are_not_taken(tmp_path, capfd):
 
 def results(path, correct, samples=1, tokens=5, question="q") -> str:
     """A results file with these outcomes."""
-    rows = [{"num_samples": samples}]
+    rows = [{"num_samples": samples, "problems": len(correct) // samples}]
     for i, is_correct in enumerate(correct):
         row = {"question": f"{question}{i // samples}", "correct": bool(is_correct)}
         rows.append(row | {"tokens": tokens, "response": "Wait, no."})
