@@ -61,6 +61,7 @@ The first half of this file is the method, to be read from top to bottom. To run
 
 import argparse
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -127,7 +128,7 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
     if rewards.max() == rewards.min():
         # No response was better than another, and σ is 0.
         return torch.full_like(rewards, 0.5, dtype=torch.float32)
-    rewards = rewards.double()  # so that no sum overflows
+    rewards = rewards.double() / rewards.abs().max()  # so that no square overflows; it does not change the scores
     standard_scores = (rewards - rewards.mean()) / rewards.std(correction=0)
     return torch.sigmoid(standard_scores).float()
 
@@ -180,6 +181,8 @@ def empg_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
     >>> empg_loss(logprobs, mask, torch.tensor([1.0, -1.0]))
     tensor(-0.2500)
     """
+    if advantages.shape != logprobs.shape[:1]:
+        raise ValueError("empg_loss needs one advantage for each trajectory")
     # Whatever stands on padding does not count, not even nan. (nan times 0 would still be nan.)
     trajectory_logprobs = logprobs.masked_fill(mask == 0, 0).sum(dim=1)  # (N,)
     return -(advantages * trajectory_logprobs).mean()
@@ -225,7 +228,7 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
     """
     if not prompts or not all(prompts) or len(seeds) != len(prompts):
         raise ValueError("sample needs prompts with at least one token each, and one seed for each prompt")
-    stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    stops = set(np.atleast_1d(eos_token_id).tolist())
 
     # 1) Draw all random numbers beforehand: for each response, one for each token that it may get.
     generators = [np.random.default_rng([seed, g]) for seed in seeds for g in range(num_samples)]
@@ -377,7 +380,9 @@ def sample_trajectories(model, tokenizer, task, problems, config, seed=0):
         seeds = [seed + index for index in indices]
         how = {"eos_token_id": stops, "pad_token_id": stops[0], "temperature": config.temperature, "seeds": seeds}
         responses = sample(model, prompts, config.num_samples, config.max_new_tokens, **how)
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        # The token that ends a response is no part of its text, also if the tokenizer does not call it special.
+        without_ends = [response[:-1] if response[-1] in stops else response for response in responses]
+        texts = tokenizer.batch_decode(without_ends, skip_special_tokens=True)
         problem_of_response = [problems[index] for index in indices for _ in range(config.num_samples)]
         for problem, response, text in zip(problem_of_response, responses, texts):
             cut = response[-1] not in stops
@@ -417,7 +422,7 @@ def micro_batches(trajectories: list[dict], max_tokens: int) -> list[list[dict]]
 def kl_divergence(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(π_θ ‖ π_ref) = Σ_v π_θ(v) log(π_θ(v) / π_ref(v)) at each position, summed over the whole vocabulary.
 
-    (..., V) logits of each → (...), in nats. It says how far the policy is from a reference model.
+    (..., V) finite logits of each → (...), in nats. It says how far the policy is from a reference model.
 
     >>> kl_divergence(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
     tensor(0.1109)
@@ -553,7 +558,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         sample_seconds = time.perf_counter() - start
 
         # Line 11, the M-step: the advantages. μ and σ are those of the whole batch, which every process has.
-        rewards = torch.tensor([trajectory["reward"] for trajectory in trajectories], dtype=torch.float32)  # (P·G,)
+        rewards = torch.tensor([trajectory["reward"] for trajectory in trajectories], dtype=torch.float64)  # (P·G,)
         smoothed = smooth_rewards(rewards).view(-1, config.num_samples)  # (P, G)
         advantages = subtract_baseline(smoothed)  # (P, G)
         for trajectory, advantage in zip(trajectories, advantages.flatten().tolist()):
@@ -744,9 +749,10 @@ def stop_tokens(tokenizer, model) -> list[int]:
     if configured is not None:
         stops.update([configured] if isinstance(configured, int) else configured)
     if tokenizer.chat_template is not None:
-        # Write a short chat, and see which special token comes last.
+        # Write a short chat, and see which special token comes last, behind what the model says.
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        ids = write_chat(tokenizer, turns, return_dict=False)
+        end = write_chat(tokenizer, turns, tokenize=False).rpartition("!")[2]
+        ids = tokenizer(end, add_special_tokens=False)["input_ids"]
         special_tokens = [token for token in ids if token in tokenizer.added_tokens_decoder]
         stops.update(special_tokens[-1:])
     return sorted(stops)
@@ -818,7 +824,7 @@ def check_model(name: str) -> None:
 def fail(message, everywhere=False) -> NoReturn:
     """Prints one line to standard error, in one process on each machine or in this one, and exits with code 2."""
     if LOCAL_RANK == 0 or everywhere:
-        print("error:", str(message).splitlines()[0], file=sys.stderr)
+        print("error:", (str(message).splitlines() or ["unknown"])[0], file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -903,8 +909,10 @@ def distribute(model, config):
     is_frozen = not any(parameter.requires_grad for parameter in model.parameters())  # then DDP has nothing to do
     if config.shard or is_frozen or WORLD_SIZE == 1:
         return model
-    # DDP sends gradients from buffers. Let the gradients live there, so that they are not held twice.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # DDP sends gradients from buffers. Let the gradients live there, so that they are not held twice. A model that also
+    # reads images has parameters that get no gradient from text, for which DDP would wait.
+    has_more_than_text = model.config.get_text_config() is not model.config
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=has_more_than_text)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -974,7 +982,11 @@ def save_checkpoint(output, step, metrics, policy, optimizer) -> None:
 
 def cause(error: BaseException) -> BaseException:
     """The error of one process, out of what `dcp` raises, which has those of all. Any other is returned as it is."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return error
 
 
 def load_checkpoint(output, policy, optimizer, config):
@@ -1045,8 +1057,8 @@ def what_to_do(error: BaseException, config) -> str:
         else:
             remedy = "take more GPUs, with --shard, or a smaller model, in a new --output"
         return f"out of memory: {remedy}; {then}"
-    if "sample_trajectories" in functions:
-        raise error  # a task's reward may have files of its own
+    if functions & {"sample_trajectories", "say"}:
+        raise error  # it is of a task's reward, which may have files of its own, or of the output that is printed
     return f"--output {config.output}: cannot be written ({cause(error)}); {then}"
 
 
@@ -1214,6 +1226,10 @@ def main(argv=None) -> None:
         errors.append(str(error))
     fail_together(errors, made_group)
 
+    # A resumed run has to draw from the same problems.
+    read = json.dumps([[problem["question"], problem["answer"], problem["prompt"]] for problem in problems])
+    digest = hashlib.sha256(read.encode()).hexdigest()
+    options["training_problems"] = f"{len(problems)}, with digest {digest[:12]}"
     with hold_directory(output, options, made_group):
         say(str(config))
         say(f"{len(problems)} problems to train on, {len(held_out)} held out")

@@ -51,6 +51,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2LMHeadModel,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
@@ -282,6 +284,9 @@ def test_smoothing_keeps_the_order_of_any_finite_rewards():
         "integers": [1, 0, 7],
         "nearly equal": [1e30, 1e30 * (1 + 1e-6), 0.0],
     }
+    for value in (1e200, 1e-200, -1e300):  # whose squares are no numbers of float64
+        shape = torch.tensor([value, 0, 0, 0], dtype=torch.float64)
+        torch.testing.assert_close(empg.smooth_rewards(shape), empg.smooth_rewards(shape.sign()))
     for name, values in cases.items():
         rewards = torch.tensor(values)
         smoothed = empg.smooth_rewards(rewards)
@@ -692,6 +697,20 @@ def test_log_probs_refuses(prompts, responses):
         empg.log_probs(make_model(), prompts, responses)
 
 
+def test_what_the_functions_take():
+    """An end token may be any kind of number. Advantages of another shape, which torch would broadcast, are refused."""
+    limits = {name: value for name, value in LIMITS.items() if name != "eos_token_id"}
+    expected = empg.sample(make_model(), [[3, 4]], 8, 6, seeds=[0], eos_token_id=[1, 5], **limits)
+    assert {len(response) for response in expected} > {6}
+    for ends in ((1, 5), torch.tensor([1, 5]), np.array([1, 5])):
+        assert empg.sample(make_model(), [[3, 4]], 8, 6, seeds=[0], eos_token_id=ends, **limits) == expected
+    one = empg.sample(make_model(), [[3, 4]], 8, 6, seeds=[0], eos_token_id=5, **limits)
+    for end in (np.int64(5), torch.tensor(5)):
+        assert empg.sample(make_model(), [[3, 4]], 8, 6, seeds=[0], eos_token_id=end, **limits) == one
+    with pytest.raises(ValueError, match="empg_loss needs"):
+        empg.empg_loss(torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 1))
+
+
 RIGHT_KINDS = {
     "qwen2": {},  # grouped queries
     "qwen3": {},
@@ -1000,6 +1019,24 @@ def test_chat_templates_and_the_tokens_that_stop():
     empg.add_prompts(problems, task, tokenizer)
     assert tokenizer.decode(problems[0]["prompt"]) == "<|user|>3+8=#<unk><end><|bot|>"
     assert empg.stop_tokens(tokenizer, model) == [1, 7, tokenizer.convert_tokens_to_ids("<end>")]
+
+    # 3) A token before what the model says, as templates of reasoning models write one, does not end a response.
+    tokenizer.chat_template = CHAT.replace("{{ m.content }}<end>", "<end>{{ m.content }}")
+    assert empg.stop_tokens(tokenizer, model) == [1, 7]
+
+
+def test_the_token_that_ends_a_response_is_not_in_its_text(tmp_path, monkeypatch):
+    """A response's text ends with its last word, also if the tokenizer does not know the end token as a special one."""
+    name = save(make_model(dtype=torch.float32), tmp_path)
+    tokenizer, model = empg.load_model(name)
+    monkeypatch.setattr(empg, "stop_tokens", lambda *_: [1, 5])  # the second one is a digit
+    problems = [{"prompt": [4, 5], "answer": ""}]
+    config = empg.Config(task="sums", num_samples=64, max_new_tokens=8)
+    trajectories = empg.sample_trajectories(model, tokenizer, empg.TASKS["sums"], problems, config)
+    ended = [each for each in trajectories if each["response"][-1] == 5]
+    assert len(ended) > 5
+    for each in ended:
+        assert each["text"] == tokenizer.decode(each["response"][:-1], skip_special_tokens=True)
 
 
 GSM8K = empg.TASKS["gsm8k"]
@@ -1475,7 +1512,7 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path, odd_is_right, monkeypatch
 
     # 2) The options.
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert set(saved) == {"method", *(field.name for field in dataclasses.fields(empg.Config))}
+    assert set(saved) == {"method", "training_problems", *(field.name for field in dataclasses.fields(empg.Config))}
     assert saved["method"] == "EMPG"
     assert saved["seed"] == 0
 
@@ -1826,6 +1863,27 @@ def test_mistakes_statistics_per_rank_and_mean_over_ranks(alone, processes, kind
         # Weights, gradients and Adam's averages. (A tenth more, since not everything divides evenly.)
         share = 1.1 / processes if flags else 1
         assert rank["held"] <= share * single["held"]
+
+
+def test_a_model_that_also_reads_images(tmp_path):
+    """Its parameters for images get no gradient. Two processes do not wait for one, and train as one process does."""
+    images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=SMALL | {"head_dim": 8, "eos_token_id": 1, "pad_token_id": 0},
+        vision_config=images | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        **{name: 3 for name in ("image_token_id", "boi_token_index", "eoi_token_index")},
+    )
+    torch.manual_seed(0)
+    model = save(Gemma3ForConditionalGeneration(config), tmp_path / "model")
+    for processes in (1, 2):
+        words = options(
+            model, tmp_path / str(processes), steps=4, lr=1e-5, prompts_per_step=8, num_samples=8, eval_every=0
+        )
+        for child in start_ranks(processes, *WATCH, tmp_path / "seen", *words):
+            wait(child)
+    same_metrics(metrics(tmp_path / "1"), metrics(tmp_path / "2"))
+    assert sum(row["grad_norm"] > 0 for row in metrics(tmp_path / "1")) > 1
 
 
 def test_a_process_group_of_the_caller_is_left_to_the_caller(tiny, tmp_path, odd_is_right):
@@ -2458,6 +2516,45 @@ def test_scoring_reads_all_answers_first(tiny, tmp_path, capfd, monkeypatch):
 
 def files_in(directory: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def test_a_run_is_not_taken_up_with_other_problems(tiny, tmp_path, capfd):
+    """--resume draws from the same problems. If a test split appears that takes some of them away, it is refused."""
+    rows = [{"question": f"{i}+{i}=", "answer": str(2 * i)} for i in range(6)]
+    data = write_rows(tmp_path / "data", train=rows)
+    words = options(tiny, tmp_path / "out", f"--data={data}", task="gsm8k", steps=1, eval_every=0, max_new_tokens=4)
+    change_prompt = dataclasses.replace(GSM8K, prompt="{question}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(empg.TASKS, "gsm8k", change_prompt)
+        empg.main(words)
+        shutil.copy(write_rows(tmp_path / "more", test=rows[:1]) / "test.jsonl", data)
+        refuses(capfd, empg.main, [*words, "--resume"], "begun with {'training_problems': '6, with digest")
+
+
+def test_scores_of_any_size_train(tiny, tmp_path, monkeypatch, group_of_the_test):
+    """Rewards that differ by less than float32 can tell apart have advantages."""
+    change(monkeypatch, reward=lambda text, answer: 1e9 + len(text))
+    empg.main(options(tiny, tmp_path, steps=1, eval_every=0))
+    assert metrics(tmp_path)[-1]["grad_norm"] > 0
+
+
+def test_an_interruption_is_not_taken_for_a_bad_disk(tmp_path):
+    """Ctrl-C while a checkpoint is written, and a reader of the output that has gone, are what they are."""
+    config = empg.Config(output=str(tmp_path))
+    failures = {0: (KeyboardInterrupt(), None)}
+    with pytest.raises(KeyboardInterrupt):
+        empg.what_to_do(empg.dcp.api.CheckpointException("", failures), config)
+
+    def say():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        try:
+            say()
+        except OSError as error:
+            empg.what_to_do(error, config)
+    with pytest.raises(SystemExit):
+        empg.fail("")
 
 
 def test_a_run_is_not_taken_up_by_other_options(tiny, tmp_path, capfd, odd_is_right):
