@@ -1072,7 +1072,7 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """The options of a run, with defaults for a pretrained model. (`parse_options` fills in None, except for `data`.)"""
+    """The options of a run, with defaults for a pretrained model. (`parse_options` fills in None, but for `data`.)"""
 
     # What to train, on what
     model: str | None = option(None, "A model of the Hugging Face hub, or a directory. Default: what fits the machine.")
