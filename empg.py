@@ -228,7 +228,7 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
     """
     if not prompts or not all(prompts) or len(seeds) != len(prompts):
         raise ValueError("sample needs prompts with at least one token each, and one seed for each prompt")
-    stops = set(np.atleast_1d(eos_token_id).tolist())
+    stops = {eos_token_id} if isinstance(eos_token_id, int) else {int(token) for token in eos_token_id}
 
     # 1) Draw all random numbers beforehand: for each response, one for each token that it may get.
     generators = [np.random.default_rng([seed, g]) for seed in seeds for g in range(num_samples)]
@@ -981,7 +981,8 @@ def save_checkpoint(output, step, metrics, policy, optimizer) -> None:
 
 
 def cause(error: BaseException) -> BaseException:
-    """The error of one process, out of what `dcp` raises, which has those of all. Any other is returned as it is."""
+    """The error of one process, out of what `dcp` raises, which has those of all. Any other is returned as it is.
+    But Ctrl-C, which `dcp` wraps, too, is raised again."""
     if isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, KeyboardInterrupt):
@@ -1227,8 +1228,8 @@ def main(argv=None) -> None:
     fail_together(errors, made_group)
 
     # A resumed run has to draw from the same problems.
-    read = json.dumps([[problem["question"], problem["answer"], problem["prompt"]] for problem in problems])
-    digest = hashlib.sha256(read.encode()).hexdigest()
+    contents = json.dumps([[problem["question"], problem["answer"], problem["prompt"]] for problem in problems])
+    digest = hashlib.sha256(contents.encode()).hexdigest()
     options["training_problems"] = f"{len(problems)}, with digest {digest[:12]}"
     with hold_directory(output, options, made_group):
         say(str(config))

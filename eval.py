@@ -735,7 +735,7 @@ def fingerprint(model) -> str:
 
 
 def write_rows(output: str, rows: Sequence[dict], anew: bool = False) -> None:
-    """Adds rows to --output, or writes it anew. Ends with a line if it cannot."""
+    """Adds rows to --output, or writes it anew, in the first process. Ends with a line if it cannot."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     try:
         if anew:
@@ -744,7 +744,7 @@ def write_rows(output: str, rows: Sequence[dict], anew: bool = False) -> None:
             with Path(output).open("a") as stream:
                 stream.write(text)
     except OSError as error:
-        fail(f"--output {output}: cannot be written ({error.strerror}); repeat the command", everywhere=True)
+        fail(f"--output {output}: cannot be written ({error.strerror}); repeat the command")
 
 
 def take_up(options: Options, problems: list[dict], model) -> list[dict]:
