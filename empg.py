@@ -26,28 +26,27 @@ In the words of reinforcement learning (RL), the model is the *policy*, and θ a
 prompt with a response. P_θ(τ) is the probability that the policy gives this response to this prompt. R(τ) is the
 *reward*, b the *baseline*, and A the *advantage*.
 
-Why does this work? We want a high expected reward, J(θ) = E[R(τ)] = Σ_τ P_θ(τ) R(τ), where the sum is over all possible
+Why does this work? Let J(θ) = E[R(τ)] = Σ_τ P_θ(τ) R(τ) be the expected reward, where the sum is over all possible
 responses to a prompt. (With many prompts, take the mean over them.) Since ∇P_θ = P_θ ∇log P_θ, its gradient is
 
     ∇J(θ) = Σ_τ R(τ) ∇P_θ(τ) = E[R(τ) ∇log P_θ(τ)].                                             (Eq. 4)
 
-This is the *policy gradient*, and following it is called REINFORCE. It is an average over responses of the policy, so
-N = P·G samples estimate it. A may take the place of R, as `subtract_baseline` and `smooth_rewards` say:
+This is the *policy gradient*. It is an average over responses of the policy, so N = P·G samples estimate it. A may take
+the place of R, as `subtract_baseline` and `smooth_rewards` say. So what line 12 follows is, in expectation and up to a
+positive factor, the policy gradient, if rewards are 0 or 1:
 
-    ∇J(θ) ≈ (1/N) Σᵢ A(τᵢ) ∇log P_θ(τᵢ),  up to a positive factor, if rewards are 0 or 1.       (Eq. 12)
+    (1/N) Σᵢ A(τᵢ) ∇log P_θ(τᵢ).                                                                (Eq. 12)
 
-Why E and M? In expectation-maximisation, the E-step uses the old parameters, θ*, to find what is hidden: here, the
-rationales, that is, the reasoning that leads to a right answer. It samples responses and keeps the right ones only. The
-M-step moves θ to make these likely: that is Eq. 12 with R in the place of A. EMPG adds smoothing and the baseline, by
-which wrong responses count, too. By default there is one update on each batch, so that θ = θ* when the gradient is
-taken. Then the method is RLOO (REINFORCE leave-one-out) with smoothed rewards.
+Why E and M? In expectation-maximisation, the E-step finds what is hidden, by the old parameters θ*. Here, that is the
+reasoning (the rationale) that leads to a right answer. The M-step moves θ to make it likely. Plain EM would keep the
+right responses only, which is Eq. 12 with R in the place of A. EMPG learns from the wrong ones, too.
 
-Each of these words has one meaning in this file:
+Words that stand for one thing in this file:
 
     problem        a dict with a question and its answer (or a whole solution), as text, and with its prompt
     prompt         the question as the model reads it: a list of token ids (Task.prompt is the text around a question)
     response       what the model writes after a prompt, a rationale and an answer: token ids; also called a sample
-    trajectory     a prompt with a response: a dict that also has the response's text, its reward and its advantage
+    trajectory     a prompt with a response: a dict that also has the text, the reward and, later, the advantage
     iteration      lines 3 to 12 (options and records call it a step)
     update         one change of θ by the optimizer; line 12 makes one, or as many as --updates says
     batch          the P·G trajectories of an iteration: the buffer D (--sample-batch is how many are sampled at a time)
@@ -69,8 +68,8 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -128,7 +127,7 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
     if rewards.max() == rewards.min():
         # No response was better than another, and σ is 0.
         return torch.full_like(rewards, 0.5, dtype=torch.float32)
-    rewards = rewards.double() / rewards.abs().max()  # so that no square overflows; it does not change the scores
+    rewards = rewards.double() / rewards.abs().max()  # R̃ does not depend on the scale, and now no square overflows
     standard_scores = (rewards - rewards.mean()) / rewards.std(correction=0)
     return torch.sigmoid(standard_scores).float()
 
@@ -207,12 +206,12 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     thresholds = uniforms[:, None] * cumulative[:, -1:]  # (rows, 1)
     tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
     # If the logits are nan, nothing exceeds a threshold, and a GPU would abort at an index past the end. So take the
-    # last token then. (If θ is broken, `update` says so.)
+    # last token then. (All responses are equal from then on, so that `no_signal` is 1.)
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
-def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_token_id, temperature=1.0, seeds):
+def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_token_id=0, temperature=1.0, seeds):
     """E-step, line 7: samples G = `num_samples` responses to each of P prompts. RL calls this a rollout.
 
     Why not the library's `model.generate`? It draws the random numbers of all rows from one stream, and goes on
@@ -221,14 +220,14 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
     resume. (Up to rounding: where that flips a token, the rest of the response changes.)
 
     Takes: model, in evaluation mode, as `from_pretrained` returns it; prompts, P lists of token ids, none of them
-        empty; eos_token_id, the token that ends a response, or a list of several; pad_token_id, any token;
-        temperature, by which the logits are divided; seeds, P ints, one for each prompt.
+        empty; eos_token_id, the token that ends a response, or a list of several; pad_token_id, any token, as the
+        model does not see it; temperature, by which the logits are divided; seeds, P ints, one for each prompt.
     Returns: P·G lists of token ids, those of the first prompt first. Each ends with an end token, unless it was cut
         off at `max_new_tokens`.
     """
     if not prompts or not all(prompts) or len(seeds) != len(prompts):
         raise ValueError("sample needs prompts with at least one token each, and one seed for each prompt")
-    stops = {eos_token_id} if isinstance(eos_token_id, int) else {int(token) for token in eos_token_id}
+    stops = {eos_token_id} if isinstance(eos_token_id, int) else set(map(int, eos_token_id))
 
     # 1) Draw all random numbers beforehand: for each response, one for each token that it may get.
     generators = [np.random.default_rng([seed, g]) for seed in seeds for g in range(num_samples)]
@@ -243,14 +242,15 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
     visible = pad_sequence(ones, batch_first=True, padding_value=0, padding_side="left")  # (P, width)
     # Positions count from a prompt's first token. (A pad's own position does not matter.)
     positions = (visible.cumsum(dim=1) - 1).clamp(min=0)  # (P, width)
-    cache = DynamicCache()  # keeps the keys and values of every layer
+    cache = DynamicCache(config=model.config)  # what each layer remembers: keys and values, or a state
     output = model(ids, attention_mask=visible, position_ids=positions, past_key_values=cache, logits_to_keep=1)
 
     # 3) Copy what was computed for each prompt. Its samples go on from here, each in a row of its own.
-    cache.batch_repeat_interleave(num_samples)
-    logits = output.logits[:, -1].repeat_interleave(num_samples, dim=0)  # (rows, V), for the next token
-    visible = visible.repeat_interleave(num_samples, dim=0)  # (rows, columns)
-    last_position = positions[:, -1:].repeat_interleave(num_samples, dim=0)  # (rows, 1), of the last token
+    prompt_of_row = torch.arange(len(prompts), device=model.device).repeat_interleave(num_samples)  # (rows,)
+    cache.reorder_cache(prompt_of_row)
+    logits = output.logits[prompt_of_row, -1]  # (rows, V), for the next token
+    visible = visible[prompt_of_row]  # (rows, columns)
+    last_position = positions[prompt_of_row, -1:]  # (rows, 1), of the last token
 
     # 4) Sample token by token. Rows whose responses have ended leave now and then. So remember which row has which
     #    response.
@@ -258,7 +258,7 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
     ended = [False] * len(responses)
     response_of_row = list(range(len(responses)))
     for t in tqdm(range(max_new_tokens), "sampling", leave=False, delay=2):
-        tokens = draw_tokens(logits, uniforms[response_of_row, t], temperature)  # (rows,)
+        tokens = draw_tokens(logits, uniforms[:, t], temperature)  # (rows,)
         for i, token in zip(response_of_row, tokens.tolist()):
             if not ended[i]:
                 responses[i].append(token)
@@ -271,7 +271,8 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
         going_on = [row for row, i in enumerate(response_of_row) if not ended[i]]
         if len(going_on) < 0.8 * len(response_of_row):
             response_of_row = [response_of_row[row] for row in going_on]
-            cache.batch_select_indices(going_on)
+            cache.reorder_cache(torch.tensor(going_on, device=model.device))
+            uniforms = uniforms[going_on]
             tokens = tokens[going_on]
             visible = visible[going_on]
             last_position = last_position[going_on]
@@ -314,7 +315,7 @@ def response_logits(model, prompts, responses, temperature=1.0):
     logits = model(ids, use_cache=False, logits_to_keep=num_kept).logits  # (N, num_kept, V)
 
     # Token t of a response, counted from 0, is predicted in column len(prompt) + t - 1, and the first kept column is
-    # first_response - 1. Take the logits there, row after row. (A mask would do, too, but `index_select` is faster.)
+    # first_response - 1. Take the logits there, row after row.
     places = []  # in all kept columns, row after row
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         begin = i * num_kept + len(prompt) - first_response
@@ -330,7 +331,7 @@ def response_logits(model, prompts, responses, temperature=1.0):
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """log softmax(logits)[token]: what `response_logits` returns → (N, T) log-probabilities, in nats, 0 on padding."""
+    """log softmax(logits)[token]. Takes what `response_logits` returns. Returns: (N, T), in nats, 0 on padding."""
     logprobs = -F.cross_entropy(logits, tokens, reduction="none")  # (n,)
     # Put them where the mask is true. Row by row, that is their order.
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
@@ -339,9 +340,10 @@ def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
 def log_probs(model, prompts, responses, temperature=1.0):
     """log π_θ(token | tokens before it) of every response token, with gradient, for a training loop of your own.
 
-    (Training, below, calls `response_logits` and `token_logprobs` itself.)
+    All responses go through the model in one pass. If that takes too much memory, do as `update` does: take a few
+    responses at a time, and weight the loss of each part by its share of the batch.
 
-    Takes: P prompts and P·G responses, lists of token ids, as `sample` takes and returns them.
+    Takes: P prompts and P·G responses, lists of token ids, as `sample` takes and returns them; its temperature.
     Returns: (N, T) log-probabilities, in nats, 0 on padding; (N, T) mask, true on response tokens. N = P·G.
     """
     if not prompts or not responses or not all(prompts) or len(responses) % len(prompts) != 0:
@@ -356,7 +358,7 @@ def log_probs(model, prompts, responses, temperature=1.0):
 def copy_weights(source, target) -> None:
     """Line 4, θ* ← θ: copies the parameters of one model to another. (`train` says why there are two.)"""
     for parameter, its_copy in zip(source.parameters(), target.parameters(), strict=True):
-        # With --shard, each process has only a piece of each parameter. `whole` joins the pieces.
+        # With --shard, each process has only a piece of each parameter, and `whole` joins the pieces.
         its_copy.copy_(whole(parameter.to(its_copy.dtype)))
 
 
@@ -371,6 +373,7 @@ def sample_trajectories(model, tokenizer, task, problems, config, seed=0):
         response (token ids), text (the response as text), reward, and cut (whether the token limit cut it off).
     """
     stops = stop_tokens(tokenizer, model)  # EOS, and what else ends a response
+    # Each process takes a contiguous part of the problems.
     my_indices = np.array_split(range(len(problems)), WORLD_SIZE)[RANK].tolist()
     problems_at_a_time = max(1, config.sample_batch // config.num_samples)
     trajectories = []
@@ -378,9 +381,9 @@ def sample_trajectories(model, tokenizer, task, problems, config, seed=0):
         indices = my_indices[start : start + problems_at_a_time]
         prompts = [problems[index]["prompt"] for index in indices]
         seeds = [seed + index for index in indices]
-        how = {"eos_token_id": stops, "pad_token_id": stops[0], "temperature": config.temperature, "seeds": seeds}
+        how = {"eos_token_id": stops, "temperature": config.temperature, "seeds": seeds}
         responses = sample(model, prompts, config.num_samples, config.max_new_tokens, **how)
-        # The token that ends a response is no part of its text, also if the tokenizer does not call it special.
+        # The token that ends a response is no part of its text, even if the tokenizer does not call it special.
         without_ends = [response[:-1] if response[-1] in stops else response for response in responses]
         texts = tokenizer.batch_decode(without_ends, skip_special_tokens=True)
         problem_of_response = [problems[index] for index in indices for _ in range(config.num_samples)]
@@ -391,8 +394,7 @@ def sample_trajectories(model, tokenizer, task, problems, config, seed=0):
             reward = task.reward(text, problem["answer"])
             prompt = problem["prompt"]
             trajectories.append({"prompt": prompt, "response": response, "text": text, "reward": reward, "cut": cut})
-    # `gather` joins the lists of all processes, so that each of them has the whole batch.
-    return gather(trajectories)
+    return gather(trajectories)  # joins the parts of all processes, in their order
 
 
 def micro_batches(trajectories: list[dict], max_tokens: int) -> list[list[dict]]:
@@ -439,7 +441,7 @@ def micro_batch_loss(policy, micro_batch, config, reference=None):
     through which responses are sampled. As is common, the gradient takes only the first: the responses are treated as
     fixed data. (Smoothing halves the advantages of 0/1 rewards. So β weighs about twice as much as it would without.)
 
-    Returns: the loss; the KL, summed over each response, on average over the micro-batch (nan without a reference).
+    Returns: the loss; the KL, summed over each response, on average over the micro-batch (0 without a reference).
     """
     prompts = [trajectory["prompt"] for trajectory in micro_batch]
     responses = [trajectory["response"] for trajectory in micro_batch]
@@ -448,7 +450,7 @@ def micro_batch_loss(policy, micro_batch, config, reference=None):
     advantages = torch.tensor([trajectory["advantage"] for trajectory in micro_batch], device=logprobs.device)
     loss = empg_loss(logprobs, mask, advantages)
     if reference is None:
-        return loss, math.nan
+        return loss, 0.0
     with torch.no_grad():
         ref_logits, _, _ = response_logits(reference, prompts, responses, config.temperature)
     kl = kl_divergence(logits, ref_logits).sum() / len(micro_batch)
@@ -482,8 +484,8 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
         # DDP is to exchange gradients in the last pass only. This is the attribute that its `no_sync()` sets. (A model
         # without DDP ignores it. With --shard, FSDP has to exchange them in each pass.)
         policy.require_backward_grad_sync = i == len(my_parts) - 1
-        # In bfloat16 a pass is faster. θ and its gradient are in float32 all the same. (Without `cache_enabled=False`,
-        # torch would keep a bfloat16 copy of each weight until the end of the pass, though it is used only once.)
+        # In bfloat16 a pass is faster. θ and its gradient are nevertheless in float32. (With --gradient-checkpointing,
+        # `cache_enabled=False` keeps torch from holding a bfloat16 copy of each weight until the end of the pass.)
         in_bfloat16 = config.dtype == "bfloat16"
         with torch.autocast(config.device, torch.bfloat16, enabled=in_bfloat16, cache_enabled=False):
             loss, kl = micro_batch_loss(policy, part, config, reference)
@@ -510,15 +512,9 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     return {"loss": sum(losses), "grad_norm": norm.item(), "kl": kl_per_token}
 
 
-def responses_at_a_time(config) -> int:
-    """How many responses a process samples at a time: --sample-batch, or as many as it samples in an iteration."""
-    return min(config.sample_batch, math.ceil(config.prompts_per_step / WORLD_SIZE) * config.num_samples)
-
-
 def evaluate(model, tokenizer, task, problems, config) -> float:
     """The mean reward, with the likeliest token taken each time: the share of right answers, if rewards are 0 or 1."""
-    # Sample no more responses at a time than in training, so that the sampler's cache is no larger.
-    greedy = replace(config, num_samples=1, temperature=0.0, sample_batch=responses_at_a_time(config))
+    greedy = replace(config, num_samples=1, temperature=0.0)
     trajectories = sample_trajectories(model, tokenizer, task, problems, greedy)
     return float(np.mean([trajectory["reward"] for trajectory in trajectories]))
 
@@ -537,7 +533,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
     # AdamW as is usual for language models, but without weight decay, which would pull θ towards 0.
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    # Line 1: θ is the base model, or, with --resume, what the run's checkpoint holds.
+    # Line 1: θ is the base model. But with --resume, read what the run's checkpoint holds into θ and the optimizer.
     last_step, metrics = load_checkpoint(output, policy, optimizer, config)
     if last_step == 0 and config.eval_every:
         accuracy = evaluate(old_policy, tokenizer, task, held_out, config)
@@ -567,12 +563,9 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         # The learning rate rises to --lr in five iterations, while Adam's averages form.
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 5)
 
-        # Line 12. At the first update θ = θ*. So the samples come from the policy itself: they are *on-policy*, and
-        # Eq. 12 needs no correction. (In bfloat16 this is only nearly so. θ* computes token by token with a cache, and θ
-        # in one pass and from float32 weights, and the two round differently.) At a second update (--updates) θ has
-        # moved away, and the samples are *off-policy*. Other methods, PPO and GRPO, would correct for that: they
-        # multiply the advantage, at each token, by the ratio of its probability under θ to that under θ*, and limit
-        # this ratio. EMPG does not, and so is right only as long as θ stays near θ*.
+        # Line 12. At the first update θ = θ* (up to rounding, in bfloat16). So the samples come from the policy itself:
+        # they are *on-policy*. At a second one (--updates) θ has moved away, and they are *off-policy*. PPO and GRPO
+        # would correct for that by ratios of probabilities. EMPG does not, and is right only as long as θ is near θ*.
         for _ in range(config.updates):
             statistics = update(policy, optimizer, trajectories, config, reference)
         seconds = time.perf_counter() - start
@@ -589,22 +582,21 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         if is_last or (config.save_every and step % config.save_every == 0):
             save_checkpoint(output, step, metrics, policy, optimizer)
 
-    copy_weights(policy, old_policy)  # `main` saves `old_policy`, which is whole in every process
+    copy_weights(policy, old_policy)
 
 
 # ------------------------------ The method ends here. Tasks and models ------------------------------
 
 
-# What stands at the end of the text of a response that the token limit cut off.
-CUT_MARK = "…"
+CUT_MARK = "…"  # stands after the text of a response that the token limit cut off
 
 
 @dataclass(frozen=True)
 class Task:
     """Something to learn. Put your own into TASKS. If `problems` raises ValueError, the command ends and prints it."""
 
-    # takes a response's text (with CUT_MARK behind it, if the token limit cut it off) and an answer; returns a finite
-    # number, or raises ValueError if the answer is no good: it is first tried with each answer as the text
+    # Takes a response's text (with CUT_MARK after it, if the token limit cut it off) and an answer; returns a finite
+    # number. Before a run, it is tried with each answer as the text, and raises ValueError if it cannot read it.
     reward: Callable
     problems: Callable  # takes --data or None, and "train" or "test"; returns dicts with question and answer, both text
     prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -627,15 +619,12 @@ def dataset_problems(source, question_column, answer_column, data, split) -> lis
     try:
         import datasets
 
-        rows = datasets.load_dataset(*source, split=split)
         problems = []
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(datasets.load_dataset(*source, split=split), 1):
             question, answer = row[question_column], row[answer_column]
             are_readable = isinstance(question, str) and isinstance(answer, str | int | float)
             if not are_readable or not question.strip() or not str(answer).strip():
-                raise ValueError(
-                    f"row {number} has {question!r} and {answer!r}: it needs a text, and a text or a number"
-                )
+                raise ValueError(f"row {number} has {question!r} and {answer!r}: needs a text, and a text or a number")
             problems.append({**row, "row": number, "question": question, "answer": str(answer)})
         if not problems:
             raise ValueError("there are none")
@@ -659,7 +648,7 @@ gsm8k_problems = partial(dataset_problems, ["openai/gsm8k", "main"], "question",
 math_problems = partial(dataset_problems, ["lighteval/MATH-Hard"], "problem", "solution")
 TASKS = {
     # The model in base/ knows two ways to answer, "3+8=11,11+5=16,16+2=18#18" and "#18", which is a guess, often wrong.
-    # What ends with the right sum is right. Sums that are worked out are more often so, and it learns to work them out.
+    # A response is right if it ends with the right sum. One that works the sum out is right more often.
     "sums": Task(lambda text, answer: float(text.endswith(f"#{answer}")), sums_problems, prompt="{question}"),
     "gsm8k": Task(partial(score, "gsm8k"), gsm8k_problems),
     "math-hard": Task(partial(score, "math-hard"), math_problems),
@@ -688,22 +677,24 @@ def load_problems(config) -> tuple[list[dict], list[dict]]:
         say("The test split cannot be read, so its questions are not removed from the training problems.")
         tests = []
 
+    def words(problem):
+        return problem["question"].lower().split()
+
     # A question of the test split may also be in the training split, with other spaces and capitals. Never train on it.
-    test_questions = {" ".join(problem["question"].lower().split()) for problem in tests}
-    problems = [problem for problem in problems if " ".join(problem["question"].lower().split()) not in test_questions]
+    test_questions = {tuple(words(problem)) for problem in tests}
+    problems = [problem for problem in problems if tuple(words(problem)) not in test_questions]
     if not problems:
         raise ValueError("--data: no problems are left to train on, as all of their questions are in the test split")
     if config.eval_every and not tests:
         raise ValueError("--data: the test split has no problems; give it some, or --eval-every 0")
     try_rewards(task, problems + tests)
-    num_held_out = config.eval_problems if config.eval_every else 0
     order = np.random.default_rng(0).permutation(len(tests))
-    return problems, [tests[index] for index in order[:num_held_out]]
+    return problems, [tests[index] for index in order[: config.eval_problems if config.eval_every else 0]]
 
 
 def load_model(name: str, dtype="auto"):
-    """A tokenizer, and a model on the CPU, in the precision as stored, or in `dtype`. The model is in evaluation mode,
-    and stays so: with dropout, the update would see another policy than the sampler."""
+    """A tokenizer, and a model on the CPU, in its stored precision, or in `dtype`. The model is in evaluation mode, and
+    stays so: with dropout, the update would see another policy than the sampler."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -738,7 +729,7 @@ def add_prompts(problems, task, tokenizer) -> None:
             raise ValueError("--model: its chat template, or the task's prompt, leaves the question out")
         # A chat template has already written the special tokens.
         ids = tokenizer(text, add_special_tokens=not has_template)["input_ids"]
-        # Some tokenizers put EOS behind each text. But nothing is to be written behind EOS.
+        # Some tokenizers put EOS after each text. But nothing is to be written after EOS.
         problem["prompt"] = ids[:-1] if not has_template and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -749,7 +740,7 @@ def stop_tokens(tokenizer, model) -> list[int]:
     if configured is not None:
         stops.update([configured] if isinstance(configured, int) else configured)
     if tokenizer.chat_template is not None:
-        # Write a short chat, and see which special token comes last, behind what the model says.
+        # Write a short chat, and see which special token comes last, after what the model says.
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         end = write_chat(tokenizer, turns, tokenize=False).rpartition("!")[2]
         ids = tokenizer(end, add_special_tokens=False)["input_ids"]
@@ -781,39 +772,32 @@ def room_for_responses(problems, model) -> float:
 
 @torch.no_grad()
 def check_model(name: str) -> None:
-    """Raises ValueError if `sample` or `log_probs` differs from the model's own forward pass on each text alone.
+    """Raises ValueError if `sample` and `response_logits` do not agree about a model. (Only short texts are tried.)
 
-    A kind of model that these two do not know would be silently wrong, and cost its user a day.
+    The first reads token by token, with padding on the left, a mask, positions and a cache. The second reads all tokens
+    in one pass, with none of these. A kind of model that one of them does not know would be trained on wrong numbers.
     """
     _, model = load_model(name, torch.float32)
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8]]  # of unequal length, so that one is padded
     passes = []  # the logits, (rows, V), of each of the sampler's forward passes
-    alone = []  # for each response, the log-probabilities, (length, V), of all tokens, from a pass over its text alone
     try:
         hook = model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits[:, -1]))
         # Draw at a temperature at which all tokens are equally probable, and compare at temperature 1. (Drawn at 1,
         # they might all be tokens of which the model is sure: log-probabilities of 0, whatever is wrong.) A quarter of
         # all tokens end a response. With these seeds, two of the four responses end early, and their rows leave.
         stops = range(model.config.get_text_config().vocab_size // 4)
-        how = {"eos_token_id": stops, "pad_token_id": 0, "temperature": 1e6, "seeds": [3, 2]}
-        responses = sample(model, prompts, 2, 5, **how)
+        responses = sample(model, prompts, 2, 5, eos_token_id=stops, temperature=1e6, seeds=[3, 2])
         hook.remove()
         passes[0] = passes[0].repeat_interleave(2, dim=0)  # from then on, each response has a row
-        logprobs, mask = log_probs(model, prompts, responses)
-        for prompt, response in zip([prompts[0], prompts[0], prompts[1], prompts[1]], responses):
-            logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-            alone.append(logits.log_softmax(dim=-1))
-
-        # The sampler's pass t predicts token t of all responses that are that long. (`sample` drops rows when more than
-        # a fifth have ended: with four rows, as soon as one has.) Bring what was computed alone into the same order:
-        # all tokens 0, then all tokens 1, and so on.
-        in_passes = [each[t] for t in range(5) for each in alone if t < len(each)]
-        of_tokens = [each[range(len(response)), response] for each, response in zip(alone, responses)]
-        sampler_error = (torch.cat(passes).log_softmax(dim=-1) - torch.stack(in_passes)).abs().max().item()
-        logprobs_error = (logprobs[mask] - torch.cat(of_tokens)).abs().max().item()
+        prompt_of_response = [prompts[0], prompts[0], prompts[1], prompts[1]]
+        logits, _, mask = response_logits(model, prompt_of_response, responses)  # (n, V), one response after the other
+        # The sampler's pass t predicts token t of all responses that are that long. Bring the logits into this order.
+        order = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, torch.arange(len(logits)))
+        logits = logits[order.T[mask.T]]
+        difference = (torch.cat(passes).log_softmax(dim=-1) - logits.log_softmax(dim=-1)).abs().max().item()
         # Rounding alone makes 0.004 nats in SmolLM2-135M. (Not `>`, so that nan is refused, too.)
-        if not (sampler_error < 0.02 and logprobs_error < 0.02):
-            raise ArithmeticError(f"sampling is {sampler_error:.2g} nats off, log_probs {logprobs_error:.2g}")
+        if not difference < 0.02:
+            raise ArithmeticError(f"sampling and training differ by {difference:.2g} nats")
     except Exception as error:
         raise ValueError(f"--model {name}: models of its kind do not work here ({error!r})") from error
 
@@ -822,40 +806,38 @@ def check_model(name: str) -> None:
 
 
 def fail(message, everywhere=False) -> NoReturn:
-    """Prints one line to standard error, in one process on each machine or in this one, and exits with code 2."""
+    """Prints one line to standard error, in the first process of each machine or `everywhere`, and exits with code 2."""
     if LOCAL_RANK == 0 or everywhere:
         print("error:", (str(message).splitlines() or ["unknown"])[0], file=sys.stderr)
     raise SystemExit(2)
 
 
-def fail_together(errors: list[str], made_group: bool) -> None:
-    """Ends all processes if one of them has an error, and says the first. (`start_processes` returns `made_group`.)"""
+def fail_together(errors: list[str]) -> None:
+    """Ends all processes if one of them has an error, and says the first."""
     errors = gather(errors)
-    if errors and made_group:
-        dist.destroy_process_group()
     if errors:
+        end_processes()
         fail(errors[0])
 
 
-def start_processes(device, dtype="float32") -> bool:
-    """Sets up the device and a process group, which FSDP needs even for one process.
-
-    Returns: False if there already is a group. Then a program that calls `main` has made it, and has to end it, too.
-    """
+def start_processes(device) -> None:
+    """Sets up the device and, if there are several processes, the process group by which they talk to each other."""
     # A CPU is enough for any number of processes, an Apple GPU for one.
     found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": WORLD_SIZE}
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if found[device] < num_processes:
         fail(f"--device {device}: torch finds {found[device]} here for {num_processes} processes; try --device cpu")
-    if device == "cpu" and dtype == "bfloat16" and not cpu_multiplies_bfloat16():
-        say("This processor is not known to multiply bfloat16, and may be very slow at it: try --dtype float32.")
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         # For attention with a mask, newer GPUs would take cuDNN's kernel. It reportedly prepares for half a second
         # at each new length (FunASR issue 3704), and the sampler has one at every token.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    if WORLD_SIZE == 1:
+        # There is nobody to talk to. But torch would warn of that at each checkpoint.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        return
     if dist.is_initialized():
-        return False
+        return  # by a program that calls `main`
     # Processes find each other's addresses in a store, a dictionary that all of them read and write. If it is
     # torchrun's own, it outlives a restart (--max-restarts). New processes would find the addresses of those that died,
     # and wait for them. So let the keys begin with the number of the restart. But each machine counts its own restarts,
@@ -863,19 +845,20 @@ def start_processes(device, dtype="float32") -> bool:
     is_store_of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if is_store_of_torchrun and restarts and num_processes < WORLD_SIZE:
-        fail(
-            "--max-restarts, with several machines, needs the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-        )
+        fail("--max-restarts, on several machines, needs the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     timeout = timedelta(hours=1)  # in case one of the processes is slow to download the model
-    store: dist.Store = dist.HashStore()  # for one process alone
-    if WORLD_SIZE > 1:
-        store, _, _ = next(dist.rendezvous("env://", RANK, WORLD_SIZE, timeout=timeout))
+    store, _, _ = next(dist.rendezvous("env://", RANK, WORLD_SIZE, timeout=timeout))
     if is_store_of_torchrun:
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     # On GPUs, gradients travel by NCCL (with FSDP, parameters as well), and everything else by gloo.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
-    return True
+
+
+def end_processes() -> None:
+    """Ends the process group, if there is one. (A process that ends without this can hang.)"""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def gather(values: list) -> list:
@@ -924,7 +907,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file anew, so that a kill at any moment leaves the old one whole, or the new one."""
+    """Replaces a file, so that a kill at any moment leaves the old one whole, or the new one."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
@@ -981,19 +964,14 @@ def save_checkpoint(output, step, metrics, policy, optimizer) -> None:
 
 
 def cause(error: BaseException) -> BaseException:
-    """The error of one process, out of what `dcp` raises, which has those of all. Any other is returned as it is.
-    But Ctrl-C, which `dcp` wraps, too, is raised again."""
-    if isinstance(error, dcp.api.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, KeyboardInterrupt):
-        raise error
-    return error
+    """The first error of those that `dcp` joins into one. Any other error is returned as it is."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
 
 
 def load_checkpoint(output, policy, optimizer, config):
     """With --resume, restores the newest checkpoint. Returns its iteration and rows of metrics, or 0 and []."""
     # What the first process sees: another one may have an old list of the files.
-    checkpoints = gather([sorted(output.glob("checkpoint-*"))] if RANK == 0 else [])[0]
+    checkpoints = gather([sorted(output.glob("checkpoint-*"))])[0]
     if not config.resume or not checkpoints:
         return 0, []
     state = {"step": 0, "metrics": "", **checkpoint_state(policy, optimizer)}
@@ -1009,9 +987,28 @@ def load_checkpoint(output, policy, optimizer, config):
     return state["step"], json.loads(state["metrics"])
 
 
-@contextmanager
-def hold_directory(output: Path, options: dict, made_group: bool) -> Iterator[None]:
-    """Begins a run in OUTPUT with its config.json, and keeps other commands out of it until this one has ended."""
+def check_output(output: Path, options: dict) -> None:
+    """Raises ValueError if a run is in OUTPUT that these options do not continue."""
+    file = output / "config.json"
+    if not file.exists():
+        return
+    if not options["resume"]:
+        raise ValueError(f"--output {output}: holds another run; name a new one or --resume it")
+    try:
+        before = dict(json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"--output {output}: its config.json cannot be read; name another directory") from error
+    # Up to rounding, these options do not change what an iteration does. So a resumed run may have other values.
+    may_change = {"steps", "eval_every", "save_every", "resume", "output", "device", "shard"}
+    may_change |= {"sample_batch", "micro_batch_tokens", "gradient_checkpointing"}
+    names = sorted({*before, *options} - may_change)
+    begun = {name: before.get(name) for name in names if before.get(name) != options.get(name)}
+    if begun:
+        raise ValueError(f"--output {output}: its run was begun with {begun}; repeat that, or name a new one")
+
+
+def hold_directory(output: Path, options: dict):
+    """Begins a run in OUTPUT with its config.json. Returns a lock: while a name holds it, other commands are kept out."""
     errors = []
     lock = None
     try:
@@ -1019,7 +1016,7 @@ def hold_directory(output: Path, options: dict, made_group: bool) -> Iterator[No
             output.mkdir(parents=True, exist_ok=True)
             lock = (output / "lock").open("a")
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, however that ends
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, however that ends
             except BlockingIOError as error:
                 raise ValueError(f"--output {output}: another command is at work there; name another one") from error
             except OSError:
@@ -1028,15 +1025,11 @@ def hold_directory(output: Path, options: dict, made_group: bool) -> Iterator[No
             write_atomically(output / "config.json", json.dumps(options, indent=2))
     except (OSError, ValueError) as error:
         errors.append(str(error))
-    try:
-        fail_together(errors, made_group)
-        if not (output / "config.json").exists():
-            errors = [f"--output {output}: is not the same directory on all machines"]
-        fail_together(errors, made_group)
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
+    fail_together(errors)
+    if not (output / "config.json").exists():
+        errors.append(f"--output {output}: is not the same directory on all machines")
+    fail_together(errors)
+    return lock
 
 
 def what_to_do(error: BaseException, config) -> str:
@@ -1046,20 +1039,15 @@ def what_to_do(error: BaseException, config) -> str:
     again = f"goes on from {checkpoints[-1].name}" if checkpoints else "begins again"
     then = f"with --resume --output {config.output} the command {again}"
     if isinstance(error, torch.OutOfMemoryError):
-        is_learning = "update" in functions and "step" not in functions  # `step` is AdamW's, which makes its averages
-        fewer_responses = responses_at_a_time(config) // 2
-        fewer_tokens = config.micro_batch_tokens // 2
-        if "sample_trajectories" in functions and fewer_responses >= config.num_samples:
-            remedy = f"try --sample-batch {fewer_responses}"
-        elif is_learning and fewer_tokens >= config.max_new_tokens:
-            remedy = f"try --micro-batch-tokens {fewer_tokens}"
-        elif is_learning and not config.gradient_checkpointing:
-            remedy = "try --gradient-checkpointing"
-        else:
-            remedy = "take more GPUs, with --shard, or a smaller model, in a new --output"
+        remedy = "take more GPUs, with --shard, or a smaller model, in a new --output"
+        if "sample_trajectories" in functions:
+            remedy = f"try --sample-batch {config.sample_batch // 2}, or {remedy}"
+        elif "update" in functions and "step" not in functions:  # `step` is AdamW's, which makes its averages
+            fewer_tokens = config.micro_batch_tokens // 2
+            remedy = f"try --micro-batch-tokens {fewer_tokens}, or --gradient-checkpointing, or {remedy}"
         return f"out of memory: {remedy}; {then}"
     if functions & {"sample_trajectories", "say"}:
-        raise error  # it is of a task's reward, which may have files of its own, or of the output that is printed
+        raise error  # not of OUTPUT, but of the reward of a task, which may read files, or of the screen
     return f"--output {config.output}: cannot be written ({cause(error)}); {then}"
 
 
@@ -1073,7 +1061,7 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """The options of a run, with defaults for a pretrained model. (`parse_options` fills in None, but for `data`.)"""
+    """The options of a run, with defaults for a pretrained model. (`parse_options` replaces each None but `data`.)"""
 
     # What to train, on what
     model: str | None = option(None, "A model of the Hugging Face hub, or a directory. Default: what fits the machine.")
@@ -1125,23 +1113,19 @@ def default_device() -> Literal["cuda", "cpu"]:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for bfloat16. Without them, it can be hundreds of times slower."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
 def best_precision(device: str, task: str) -> Literal["bfloat16", "float32"]:
     """The precision that is faster on a device. But for the sums it is float32: a tiny model gains nothing."""
+    is_fast = False
     if device == "cuda":
         is_fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        is_fast = device == "cpu" and cpu_multiplies_bfloat16()
+    elif device == "cpu":
+        # A processor without such instructions can be hundreds of times slower in bfloat16.
+        is_fast = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
     return "bfloat16" if is_fast and task != "sums" else "float32"
 
 
 def parse_options(argv) -> Config:
-    """The options of a command line, with defaults for what it does not say. Ends with a message if one cannot work."""
+    """The options of a command line, with defaults for what it does not say. Exits with a line if one cannot work."""
     what_it_does = f"{__doc__.splitlines()[0]} The defaults are those for a pretrained model."
     how = {"description": what_it_does, "formatter_class": argparse.HelpFormatter, "allow_abbrev": False}
     parser: Any = HfArgumentParser(Config, **how)  # type: ignore[arg-type]
@@ -1160,10 +1144,6 @@ def parse_options(argv) -> Config:
         # With the other defaults, 1.5B parameters take about 43 GB, and 0.5B about 18 GB: see docs/running.md.
         recipe["model"] = "Qwen/Qwen2.5-1.5B" if gigabytes > 60 else "Qwen/Qwen2.5-0.5B"
     recipe["dtype"] = best_precision(device, asked.task or recipe["task"])
-    if asked.resume and asked.output:
-        # A run keeps the precision that it began with, also on another device.
-        with suppress(OSError, TypeError, ValueError, KeyError):  # `check_output` says what is wrong with the file
-            recipe["dtype"] = json.loads((Path(asked.output) / "config.json").read_text())["dtype"]
     parser.set_defaults(**recipe)
     config = Config(**vars(parser.parse_args(argv)))
 
@@ -1180,34 +1160,19 @@ def parse_options(argv) -> Config:
         fail("--num-samples 1: must be at least 2, since the baseline is the mean of the other samples")
     if config.resume and config.output is None:
         fail("--resume: repeat the command of a run, with its --output DIR")
+    if config.shard and WORLD_SIZE == 1:
+        fail("--shard: needs several processes, as torchrun starts them")
+    # A process never samples more than its share of an iteration at a time: not when it evaluates, either.
+    share = math.ceil(config.prompts_per_step / WORLD_SIZE) * config.num_samples
+    config.sample_batch = min(config.sample_batch, share)
     config.output = config.output or f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     return config
-
-
-def check_output(output: Path, options: dict) -> None:
-    """Raises ValueError if a run is in OUTPUT that these options do not continue."""
-    file = output / "config.json"
-    if not file.exists():
-        return
-    if not options["resume"]:
-        raise ValueError(f"--output {output}: holds another run; name a new one or --resume it")
-    try:
-        before = dict(json.loads(file.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"--output {output}: its config.json cannot be read; name another directory") from error
-    # Up to rounding, these options do not change what an iteration does. So a resumed run may have other values.
-    may_change = {"steps", "eval_every", "save_every", "resume", "output", "device", "shard"}
-    may_change |= {"sample_batch", "micro_batch_tokens", "gradient_checkpointing"}
-    names = sorted({*before, *options} - may_change)
-    begun = {name: before.get(name) for name in names if before.get(name) != options.get(name)}
-    if begun:
-        raise ValueError(f"--output {output}: its run was begun with {begun}; repeat that, or name a new one")
 
 
 def main(argv=None) -> None:
     """Runs the command line, or `argv`."""
     config = parse_options(argv)
-    made_group = start_processes(config.device, config.dtype)
+    start_processes(config.device)
     # The name of the default output has the time in it: take the options of the first process.
     config = gather([config])[0]
     output = Path(config.output)
@@ -1225,35 +1190,34 @@ def main(argv=None) -> None:
             check_model(config.model)
     except (OSError, ValueError) as error:
         errors.append(str(error))
-    fail_together(errors, made_group)
+    fail_together(errors)
 
     # A resumed run has to draw from the same problems.
     contents = json.dumps([[problem["question"], problem["answer"], problem["prompt"]] for problem in problems])
     digest = hashlib.sha256(contents.encode()).hexdigest()
     options["training_problems"] = f"{len(problems)}, with digest {digest[:12]}"
-    with hold_directory(output, options, made_group):
-        say(str(config))
-        say(f"{len(problems)} problems to train on, {len(held_out)} held out")
-        say(f"The first prompt: {tokenizer.decode(problems[0]['prompt'])!r}")
-        _, old_policy = load_model(config.model, getattr(torch, config.dtype))
-        try:
-            # `sample` takes no gradient, so θ* learns nothing. Do not freeze it by `requires_grad_(False)`: with frozen
-            # weights, in bfloat16 on a CPU, torch copies the output layer for each prompt that is read.
-            old_policy = old_policy.to(config.device)
-            reference = None
-            if config.beta:
-                _, reference = load_model(config.model)
-                reference = distribute(reference.requires_grad_(False), config)
-            # A process group can hang if it is destroyed before the DDP wrapper. So `main` keeps no name for it.
-            train(config, distribute(policy, config), old_policy, reference, tokenizer, problems, held_out, output)
-            # `old_policy` is the trained θ, in --dtype. The last checkpoint has it in float32.
-            if RANK == 0:
-                old_policy.save_pretrained(output / "model")
-                tokenizer.save_pretrained(output / "model")
-        except (torch.OutOfMemoryError, OSError, dcp.api.CheckpointException) as error:
-            fail(what_to_do(error, config), everywhere=True)
-    if made_group:
-        dist.destroy_process_group()
+    _lock = hold_directory(output, options)
+    say(str(config))
+    say(f"{len(problems)} problems to train on, {len(held_out)} held out")
+    say(f"The first prompt: {tokenizer.decode(problems[0]['prompt'])!r}")
+    _, old_policy = load_model(config.model, getattr(torch, config.dtype))
+    try:
+        # `sample` takes no gradient, so θ* learns nothing. Do not freeze it by `requires_grad_(False)`: with frozen
+        # weights, in bfloat16 on a CPU, torch copies the output layer for each prompt that is read.
+        old_policy = old_policy.to(config.device)
+        reference = None
+        if config.beta:
+            _, reference = load_model(config.model)
+            reference = distribute(reference.requires_grad_(False), config)
+        # A process group can hang if it is destroyed before the DDP wrapper. So `main` keeps no name for it.
+        train(config, distribute(policy, config), old_policy, reference, tokenizer, problems, held_out, output)
+        # `old_policy` is the trained θ, in --dtype. The last checkpoint has it in float32.
+        if RANK == 0:
+            old_policy.save_pretrained(output / "model")
+            tokenizer.save_pretrained(output / "model")
+    except (torch.OutOfMemoryError, OSError, dcp.api.CheckpointException) as error:
+        fail(what_to_do(error, config), everywhere=True)
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def gold_answer(answer: str) -> str:
-    r"""The answer in a row of a dataset: what is in its last \boxed{}, or behind its "####", or all of it."""
+    r"""The answer in a row of a dataset: what is in its last \boxed{}, or after its "####", or all of it."""
     boxed = last_boxed(answer)
     return answer.rpartition("####")[2].strip() if boxed is None else boxed
 
@@ -197,7 +197,7 @@ ANOTHER_NUMBER = (
 
 
 def is_unit(text: str) -> bool:
-    """Whether what stands behind a number is its unit, or are words that leave the number as it is."""
+    """Whether what stands after a number is its unit, or are words that leave the number as it is."""
     if (
         not WORDS.fullmatch(text)
         or MULTIPLE.match(text)
@@ -229,7 +229,7 @@ PLAIN = [
     (r"\b([ap])\.\s?m\b\.?", r"\1m"),
 ]
 NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|\.(?!\s*\w))?|\.\d+)"
-# 18, 36/2, 2 1/2 or 5:00, and what stands behind it
+# 18, 36/2, 2 1/2 or 5:00, and what stands after it
 AMOUNT = re.compile(rf"([-+]?)\s*({NUMBER})(?:\s*/\s*(\d+)|\s+(\d+)/(\d+)|:00)?(.*)", re.DOTALL)
 # The left-hand side of an equation: a name, or a calculation with numbers and their units
 NAME = r"\s*[^\W\d_][^\d=:;,+*/^<>!\\-]*"
@@ -316,7 +316,7 @@ def last_number(text: str) -> str | None:
 def final_answer(text: str) -> str | None:
     r"""The final answer of a response to a problem of GSM8K, or None. `number_of` reads it.
 
-    It is what is in the box. Without a box, it is what stands behind the last "####" or "answer is", up to the end of
+    It is what is in the box. Without a box, it is what stands after the last "####" or "answer is", up to the end of
     the line or of the sentence. Without these, it is the last number.
 
     If the token limit cut a response off, a box counts, and so does an announcement in a sentence that was finished.
@@ -389,7 +389,7 @@ FORMULA = [
     (r"^\s*\{([^{}]*)\}\s*$", r"\1"),
     (r"(\\(?:pi|sqrt)(?![a-zA-Z]).*?)\s*\\approx\s*[\d.]+\s*$", r"\1"),
 ]
-# A unit behind a formula, in \text{}, or in plain words behind a number
+# A unit after a formula, in \text{}, or in plain words behind a number
 LAST_WORDS = re.compile(r"(?<=[\w})])\s*\\text\s*\{([^{}]*)\}(?:\^[23])?[.\s]*$|(?<=\d)((?:\s+[a-z]{3,})+)[.\s]*$")
 
 # math_verify reads what it can, and drops the rest without a word. So it gets only what it reads as a whole.
@@ -553,7 +553,7 @@ def is_right_formula(given: str | None, answer: str) -> float:
 
     gold = normal(gold_answer(answer))
     if not gold:
-        raise ValueError(f"the answer {answer!r} is empty, or has nothing in its box or behind its ####")
+        raise ValueError(f"the answer {answer!r} is empty, or has nothing in its box or after its ####")
     if not given or len(given) > 300:
         return 0.0
     formula = normal(given)
@@ -1001,27 +1001,26 @@ def parse_options(argv) -> Options:
 
 def score_model(options: Options) -> dict[str, str]:
     """The report on a model. Ends with a line, before any response is sampled, if an option cannot work."""
-    made_group = empg.start_processes(options.device, options.dtype)
+    empg.start_processes(options.device)
     errors = []
     try:
         check_output(options.output)
         problems, tokenizer, model = prepare(options)
     except ValueError as error:
         errors.append(str(error))
-    empg.fail_together(errors, made_group)
+    empg.fail_together(errors)
     rows: list[dict] = []
     try:
         if RANK == 0:
             rows = take_up(options, problems, model)
     except ValueError as error:
         errors.append(str(error))
-    empg.fail_together(errors, made_group)
+    empg.fail_together(errors)
     try:
         rows = evaluate(options, problems, tokenizer, model, empg.gather(rows))
     except torch.OutOfMemoryError:
         fail("out of memory: halve --sample-batch, and repeat the command", everywhere=True)
-    if made_group:
-        empg.dist.destroy_process_group()
+    empg.end_processes()
     return describe(rows, options.num_samples) | paper_scores(options.model, options.task)
 
 

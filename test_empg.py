@@ -12,7 +12,6 @@ stands for a mistake that is common in this field: whoever makes it fails the te
 import contextlib
 import dataclasses
 import doctest
-import fcntl
 import functools
 import gc
 import importlib
@@ -708,6 +707,7 @@ def test_what_the_functions_take():
         empg.empg_loss(torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 1))
 
 
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2, "linear_num_key_heads": 2}
 RIGHT_KINDS = {
     "qwen2": {},  # grouped queries
     "qwen3": {},
@@ -729,13 +729,17 @@ RIGHT_KINDS = {
     "cohere2": {"logit_scale": 0.25, "sliding_window": 3},
     "granite": {"logits_scaling": 4.0},
     "phi": {},  # an output layer with a bias
+    # Some layers keep a state in place of keys and values.
+    "qwen3_5_text": HYBRID | {"linear_key_head_dim": 4, "linear_value_head_dim": 4},
+    "qwen3_next": HYBRID | {"num_experts": 0},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "jamba": {"num_experts": 2, "use_mamba_kernels": False, "mamba_dt_rank": 4}
+    | {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
 REFUSED_KINDS = {
     "mamba": {"state_size": 4},
     "recurrent_gemma": {"lru_width": 16, "attention_window_size": 8},
-    "jamba": {"num_experts": 2, "use_mamba_kernels": False, "mamba_dt_rank": 4},
-    "qwen3_next": {"num_experts": 0, "linear_num_value_heads": 2, "linear_num_key_heads": 2},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "rwkv": {"attention_hidden_size": 16},
 }
 # transformers does not accept these settings for these kinds.
 WITHOUT = {"bloom": "max_position_embeddings", "mpt": "max_position_embeddings", "falcon": "head_dim"}
@@ -805,20 +809,21 @@ def padding_in_sight(monkeypatch):
     monkeypatch.setattr(empg, "pad_sequence", pad)
 
 
+def change_rows(monkeypatch, change):
+    """Changes which rows of the cache are repeated or kept."""
+    original = empg.DynamicCache.reorder_cache
+    changed = lambda cache, rows: original(cache, torch.tensor(change(rows.tolist())))
+    monkeypatch.setattr(empg.DynamicCache, "reorder_cache", changed)
+
+
 def prompts_in_turn(monkeypatch):
     """The cache is repeated as a whole, and not prompt by prompt."""
-
-    def repeat(cache, num_samples):
-        cache.reorder_cache(torch.arange(2).repeat(num_samples))
-
-    monkeypatch.setattr(empg.DynamicCache, "batch_repeat_interleave", repeat)
+    change_rows(monkeypatch, lambda rows: [0, 1, 0, 1] if rows == [0, 0, 1, 1] else rows)
 
 
 def wrong_rows_dropped(monkeypatch):
     """The cache keeps as many rows as it should, but the first ones."""
-    original = empg.DynamicCache.batch_select_indices
-    first = lambda cache, rows: original(cache, list(range(len(rows))))
-    monkeypatch.setattr(empg.DynamicCache, "batch_select_indices", first)
+    change_rows(monkeypatch, lambda rows: rows if rows == [0, 0, 1, 1] else list(range(len(rows))))
 
 
 def labels_shifted(monkeypatch):
@@ -1157,7 +1162,7 @@ def test_the_tables_of_what_is_right(rule):
 
 
 def test_where_the_answer_of_a_response_is():
-    """The answer of a response is its last box, else what stands behind the last "####" or "answer is", else the last
+    """The answer of a response is its last box, else what stands after the last "####" or "answer is", else the last
     number, if it was not cut off, and if it is one number, with nothing joined to it. In MATH only a box counts."""
     for case in re.split(r"\n| \| ", TEXTS.strip()):
         response, gold = case.replace("¶", "\n").split(" :: ")
@@ -1883,19 +1888,6 @@ def test_a_model_that_also_reads_images(tmp_path):
     assert sum(row["grad_norm"] > 0 for row in metrics(tmp_path / "1")) > 1
 
 
-def test_a_process_group_of_the_caller_is_left_to_the_caller(tiny, tmp_path, odd_is_right):
-    """A program that has made a process group before it calls main still has it afterwards."""
-    empg.start_processes("cpu")
-    try:
-        empg.main(options(tiny, tmp_path / "run", steps=1))
-        scoring.main([f"--model={tiny}", "--task=sums", "--limit=4", "--max-new-tokens=4", "--device=cpu"])
-        assert empg.dist.is_initialized()
-    finally:
-        empg.dist.destroy_process_group()
-    empg.main(options(tiny, tmp_path / "other", steps=1))
-    assert not empg.dist.is_initialized()
-
-
 def run_with_a_broken_disk(module: str, *argv: str) -> None:
     """A command whose second process cannot load the model."""
 
@@ -2325,8 +2317,8 @@ def test_prompts_do_not_change_with_the_date(tmp_path, odd_is_right, capsys, mon
     assert printed[0].endswith("=<eos>")
 
 
-def test_nothing_is_written_behind_eos():
-    """A tokenizer that puts EOS behind each text does not put it behind a prompt."""
+def test_nothing_is_written_after_eos():
+    """A tokenizer that puts EOS after each text does not put it after a prompt."""
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     problems = [{"question": "3+8="}]
@@ -2356,7 +2348,7 @@ def test_a_model_of_nan_is_refused(tmp_path, capfd):
     model = make_model(dtype=torch.float32)
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
     name = save(model, tmp_path / "nan")
-    refuses(capfd, empg.main, options(name, tmp_path / "out"), "is nan nats off")
+    refuses(capfd, empg.main, options(name, tmp_path / "out"), "differ by nan nats")
 
 
 def test_bad_directories(tiny, tmp_path, capfd):
@@ -2384,10 +2376,13 @@ def test_two_runs_in_one_directory(flags, tiny, tmp_path, capfd, odd_is_right):
     out.mkdir(exist_ok=True)
     (out / "lock").touch()
     before = files_in(out)
-    with (out / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", hold, out / "lock"], stdin=pipe, stdout=pipe) as other:
+        other.stdout.readline()
         refuses(capfd, empg.main, argv, f"--output {out}", "another command is at work there")
         assert files_in(out) == before
+        other.kill()
     empg.main(argv)
     assert [row["step"] for row in metrics(out)][-1] == 2
 
@@ -2409,14 +2404,6 @@ def test_two_commands_at_once(tiny, tmp_path):
     assert empg.parse_options(words).output.endswith(f"-{os.getpid()}")
 
 
-@pytest.fixture
-def group_of_the_test():
-    """A process group that is there before a run fails, and destroyed afterwards."""
-    empg.start_processes("cpu")
-    yield
-    empg.dist.destroy_process_group()
-
-
 @contextlib.contextmanager
 def a_full_disk():
     """No file may grow beyond 8,000 bytes: that is an error of the system, as a full disk is."""
@@ -2428,7 +2415,7 @@ def a_full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_loses_nothing(tiny, tmp_path, capfd, odd_is_right, group_of_the_test):
+def test_a_full_disk_loses_nothing(tiny, tmp_path, capfd, odd_is_right):
     """A run that cannot write its checkpoint ends in a line that names the one before, from which it goes on later."""
     more = {"save_every": 1, "eval_every": 0}
     empg.main(options(tiny, tmp_path / "whole", steps=3, **more))
@@ -2440,7 +2427,7 @@ def test_a_full_disk_loses_nothing(tiny, tmp_path, capfd, odd_is_right, group_of
     same_run(tmp_path / "whole", tmp_path / "out")
 
 
-def test_a_full_disk_while_scoring(tiny, tmp_path, capfd, group_of_the_test):
+def test_a_full_disk_while_scoring(tiny, tmp_path, capfd):
     """eval.py ends in a line, too, keeps what it has, and goes on later."""
     words = [f"--model={tiny}", "--task=sums", "--max-new-tokens=8", "--limit=90", "--device=cpu", "--sample-batch=10"]
     scoring.main([*words, f"--output={tmp_path / 'whole'}"])
@@ -2461,13 +2448,16 @@ def run_out_of_memory(*args, **keywords):
     ("where", "changes", "words"),
     [
         ("empg.sample", {}, ["try --sample-batch 8", "checkpoint-000001"]),  # an iteration has 4 prompts × 4 samples
-        ("empg.sample", {"sample_batch": 4}, ["a smaller model, in a new --output"]),
-        ("empg.micro_batch_loss", {}, ["try --micro-batch-tokens 1024", "checkpoint-000001"]),
-        ("empg.micro_batch_loss", {"micro_batch_tokens": 8}, ["try --gradient-checkpointing", "checkpoint-000001"]),
+        ("empg.DynamicCache.update", {"sample_batch": 4}, ["try --sample-batch 2", "a smaller model"]),
+        (
+            "empg.micro_batch_loss",
+            {},
+            ["try --micro-batch-tokens 1024", "--gradient-checkpointing", "checkpoint-000001"],
+        ),
         ("torch.optim.AdamW._init_group", {}, ["more GPUs, with --shard"]),
     ],
 )
-def test_out_of_memory(where, changes, words, tiny, tmp_path, capfd, odd_is_right, monkeypatch, group_of_the_test):
+def test_out_of_memory(where, changes, words, tiny, tmp_path, capfd, odd_is_right, monkeypatch):
     """A line says what to change, and from where the run goes on, if it can with that change, as it then does."""
     empg.main(options(tiny, tmp_path, steps=1, eval_every=0))
     again = options(tiny, tmp_path, "--resume", steps=2, eval_every=0, **changes)
@@ -2487,7 +2477,7 @@ def test_out_of_memory_while_scoring(tiny, capfd, monkeypatch):
     refuses(capfd, scoring.main, words, "out of memory", "halve --sample-batch")
 
 
-def test_an_error_of_a_reward_is_its_own(tiny, tmp_path, monkeypatch, group_of_the_test):
+def test_an_error_of_a_reward_is_its_own(tiny, tmp_path, monkeypatch):
     """If the reward of a task of one's own misses a file, or is wrong about a text, this is what is said, in training
     and in scoring: not that --output cannot be written, nor nothing at all."""
     for error in (FileNotFoundError("gcc"), ValueError("no number")):
@@ -2528,19 +2518,16 @@ def test_a_run_is_not_taken_up_with_other_problems(tiny, tmp_path, capfd):
         refuses(capfd, empg.main, [*words, "--resume"], "begun with {'training_problems': '6, with digest")
 
 
-def test_scores_of_any_size_train(tiny, tmp_path, monkeypatch, group_of_the_test):
+def test_scores_of_any_size_train(tiny, tmp_path, monkeypatch):
     """Rewards that differ by less than float32 can tell apart have advantages."""
     change(monkeypatch, reward=lambda text, answer: 1e9 + len(text))
     empg.main(options(tiny, tmp_path, steps=1, eval_every=0))
     assert metrics(tmp_path)[-1]["grad_norm"] > 0
 
 
-def test_an_interruption_is_not_taken_for_a_bad_disk(tmp_path):
-    """Ctrl-C while a checkpoint is written, and a reader of the output that has gone, are what they are."""
+def test_a_closed_pipe_is_not_taken_for_a_bad_disk(tmp_path):
+    """A reader of the output that has gone is what it is."""
     config = empg.Config(output=str(tmp_path))
-    failures = {0: (KeyboardInterrupt(), None)}
-    with pytest.raises(KeyboardInterrupt):
-        empg.what_to_do(empg.dcp.api.CheckpointException("", failures), config)
 
     def say():
         raise BrokenPipeError
@@ -2571,15 +2558,9 @@ def test_a_run_is_not_taken_up_by_other_options(tiny, tmp_path, capfd, odd_is_ri
     more = {"eval_every": 3, "save_every": 1, "sample_batch": 4, "micro_batch_tokens": 30}
     empg.main(options(tiny, out, "--resume", steps=3, **more))
     assert [row["step"] for row in metrics(out)][-2:] == [3, 3]  # an iteration and its evaluation
-    # The precision is the one that the run began with, whatever this machine's default. Another one is refused.
-    config_file = out / "config.json"
-    config_file.write_text(config_file.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
-    words = options(tiny, out, "--resume", steps=4, **more)
-    words.remove("--dtype=float32")
-    empg.main(words)
-    assert json.loads(config_file.read_text())["dtype"] == "bfloat16"
-    refuses(capfd, empg.main, [*words, "--dtype=float32"], "begun with {'dtype': 'bfloat16'}")
-    refuses(capfd, empg.main, [*words, "--steps=2"], "--steps 2", "has 4 already")
+    words = options(tiny, out, "--resume", **more)
+    refuses(capfd, empg.main, [*words, "--dtype=bfloat16"], "begun with {'dtype': 'float32'}")
+    refuses(capfd, empg.main, [*words, "--steps=2"], "--steps 2", "has 3 already")
 
 
 def test_a_run_of_an_older_revision_is_refused(tiny, tmp_path, capfd, odd_is_right):
@@ -2644,9 +2625,8 @@ def test_a_plain_command_stands_for_what_suits_the_machine(gigabytes, cpu, words
     assert (scored.device, scored.dtype) == (config.device, config.dtype)
 
 
-def test_bfloat16_where_it_is_slow(monkeypatch, tiny, capsys):
-    """A GPU without bfloat16 gets float32, and each process asks for the memory of its own GPU. A CPU that cannot
-    multiply bfloat16 gets a line, and one that can does not."""
+def test_each_process_asks_its_own_gpu(monkeypatch):
+    """A GPU without bfloat16 gets float32, and each process asks for the memory of its own GPU."""
     memory = types.SimpleNamespace(total_memory=80e9)
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -2659,12 +2639,6 @@ def test_bfloat16_where_it_is_slow(monkeypatch, tiny, capsys):
     monkeypatch.setattr(empg, "LOCAL_RANK", 4)
     empg.parse_options([])
     assert set(asked) == {3}
-    old, new = {"avx2": True}, {"avx2": True, "avx512_bf16": True}
-    for capabilities, dtype, is_said in ((old, "bfloat16", True), (new, "bfloat16", False), (old, "float32", False)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        if empg.start_processes("cpu", dtype):
-            empg.dist.destroy_process_group()
-        assert ("try --dtype float32" in capsys.readouterr().out) == is_said
 
 
 def test_devices_that_are_not_there(monkeypatch, tiny, tmp_path, capfd):
@@ -2964,7 +2938,7 @@ def test_the_recipe_of_the_base_model_learns(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ten_iterations_of_the_plain_command_learn(dtype, tmp_path):
     """They bring the base model from a third to eight in ten, in bfloat16, too."""
-    if dtype == "bfloat16" and not empg.cpu_multiplies_bfloat16():
+    if dtype == "bfloat16" and empg.best_precision("cpu", "gsm8k") == "float32":
         pytest.skip("this processor is slow in bfloat16")
     words = ["--task=sums", "--steps=10", "--eval-every=10", "--device=cpu"]
     empg.main([*words, f"--output={tmp_path / 'run'}", f"--dtype={dtype}"])
