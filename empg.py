@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""EM Policy Gradient (EMPG, arXiv 2504.18587): teach a language model to reason by nothing but right or wrong.
+"""EM Policy Gradient (EMPG, arXiv 2504.18587): teach a language model to reason, by right or wrong alone.
 
 This is the whole method, Algorithm 1 of the paper. On the right is the function that does each line.
 
@@ -37,7 +37,7 @@ positive factor, the policy gradient, if rewards are 0 or 1:
 
     (1/N) Σᵢ A(τᵢ) ∇log P_θ(τᵢ).                                                                (Eq. 12)
 
-Why E and M? In expectation-maximisation, the E-step finds what is hidden, by the old parameters θ*. Here, that is the
+Why E and M? In expectation-maximisation, the E-step infers what is hidden, with the old parameters θ*. Here, that is the
 reasoning (the rationale) that leads to a right answer. The M-step moves θ to make it likely. Plain EM would keep the
 right responses only, which is Eq. 12 with R in the place of A. EMPG learns from the wrong ones, too.
 
@@ -116,8 +116,8 @@ def smooth_rewards(rewards: Tensor) -> Tensor:
 
     Rewards of 0 and 1, as in the tasks here, become R̃ = low + distance · R, with a distance between 0.46 and 0.55. In
     the advantage A = R̃ - b the low number cancels. So A is what it would be without smoothing, times the distance, and
-    the gradient keeps its direction. With rewards that are scores of any size, smoothing limits what a single response
-    counts. (But μ and σ contain an extreme reward, so that beside it all others become nearly equal.)
+    the gradient keeps its direction. With rewards that are scores of any size, smoothing limits how much a single
+    response counts. (But μ and σ contain an extreme reward, so that beside it all others become nearly equal.)
 
     >>> smooth_rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensor([0.8497, 0.3595, 0.3595, 0.3595])
@@ -168,8 +168,8 @@ def empg_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
 
         -(1/N) Σᵢ Aᵢ log P_θ(τᵢ)    with    log P_θ(τ) = Σₜ log π_θ(token t | tokens before it).
 
-    π_θ is the policy's distribution of the next token. log P_θ(τ) is a sum over the tokens of the response, also the
-    one that ends it. With a mean in its place, each token of a long response would count less: long right responses
+    π_θ is the policy's distribution of the next token. log P_θ(τ) is a sum over the tokens of the response, including
+    the one that ends it. With a mean in its place, each token of a long response would count less: long right responses
     would be raised less than short ones, and long wrong responses lowered less.
 
     (N, T) log-probabilities of the response tokens, (N, T) mask with 1 on them and 0 on padding, (N,) advantages →
@@ -252,8 +252,8 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
     visible = visible[prompt_of_row]  # (rows, columns)
     last_position = positions[prompt_of_row, -1:]  # (rows, 1), of the last token
 
-    # 4) Sample token by token. Rows whose responses have ended leave now and then. So remember which row has which
-    #    response.
+    # 4) Sample token by token. Now and then, rows whose responses have ended are dropped. So keep track of which
+    #    response a row has.
     responses = [[] for _ in range(len(prompts) * num_samples)]
     ended = [False] * len(responses)
     response_of_row = list(range(len(responses)))
@@ -303,7 +303,7 @@ def response_logits(model, prompts, responses, temperature=1.0):
     """
     # Causal attention never looks to the right. So padding on the right changes nothing, and the model needs neither a
     # mask nor positions. Without a mask, attention can use the fastest kernel of a GPU.
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device  # (a model in DDP has no `model.device`)
     rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
     ids = pad_sequence(rows, batch_first=True).to(device)  # (N, columns)
 
@@ -316,7 +316,7 @@ def response_logits(model, prompts, responses, temperature=1.0):
 
     # Token t of a response, counted from 0, is predicted in column len(prompt) + t - 1, and the first kept column is
     # first_response - 1. Take the logits there, row after row.
-    places = []  # in all kept columns, row after row
+    places = []  # in the kept columns of all rows, one row after the other
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         begin = i * num_kept + len(prompt) - first_response
         places += range(begin, begin + len(response))
@@ -379,16 +379,20 @@ def sample_trajectories(model, tokenizer, task, problems, config, seed=0):
     trajectories = []
     for start in range(0, len(my_indices), problems_at_a_time):
         indices = my_indices[start : start + problems_at_a_time]
-        prompts = [problems[index]["prompt"] for index in indices]
-        seeds = [seed + index for index in indices]
-        how = {"eos_token_id": stops, "temperature": config.temperature, "seeds": seeds}
-        responses = sample(model, prompts, config.num_samples, config.max_new_tokens, **how)
-        # The token that ends a response is no part of its text, even if the tokenizer does not call it special.
-        without_ends = [response[:-1] if response[-1] in stops else response for response in responses]
-        texts = tokenizer.batch_decode(without_ends, skip_special_tokens=True)
-        problem_of_response = [problems[index] for index in indices for _ in range(config.num_samples)]
-        for problem, response, text in zip(problem_of_response, responses, texts):
+        responses = sample(
+            model,
+            [problems[index]["prompt"] for index in indices],
+            config.num_samples,
+            config.max_new_tokens,
+            eos_token_id=stops,
+            temperature=config.temperature,
+            seeds=[seed + index for index in indices],
+        )
+        for i, response in enumerate(responses):
+            problem = problems[indices[i // config.num_samples]]
             cut = response[-1] not in stops
+            # The token that ends a response is no part of its text, even if the tokenizer does not call it special.
+            text = tokenizer.decode(response if cut else response[:-1], skip_special_tokens=True)
             if cut:
                 text += CUT_MARK  # so that 1 is not taken for the answer where 18 was cut short
             reward = task.reward(text, problem["answer"])
@@ -461,14 +465,15 @@ def update(policy, optimizer, trajectories, config, reference=None) -> dict:
     """M-step, line 12: one update of θ along the policy gradient of Eq. 12 (minus β times the gradient of the KL).
 
     Takes: trajectories, the whole batch, in every process, each with its "advantage". The processes share the work.
-    Returns: a dict with loss; grad_norm, the norm of the gradient before clipping; kl, in nats per response token.
+    Returns: a dict with loss; grad_norm, the norm of the gradient before clipping; kl, in nats per response token (nan
+        without a reference).
     """
     # 1) Without a KL, a trajectory whose advantage is 0 adds nothing to the gradient. Leave it out.
     kept = [trajectory for trajectory in trajectories if trajectory["advantage"] != 0 or reference is not None]
 
-    # 2) Deal the micro-batches out to the processes. The loss of a micro-batch is a mean. Times the micro-batch's share
-    #    of the batch, these means add up to the mean over the batch. Processes exchange gradients within a pass, and
-    #    wait for each other there. So all processes need equally many: fill up with repeats whose share is 0.
+    # 2) Deal the micro-batches out to the processes. The loss of each is a mean. Multiplied by the micro-batch's share of
+    #    the batch, these means add up to the mean over the batch. Processes exchange gradients within a pass, and wait
+    #    for each other there. So all processes need equally many: fill up with repeats whose share is 0.
     parts = micro_batches(kept, config.micro_batch_tokens)
     shares = [len(part) / len(trajectories) for part in parts]
     while len(parts) % WORLD_SIZE != 0:
@@ -596,7 +601,7 @@ class Task:
     """Something to learn. Put your own into TASKS. If `problems` raises ValueError, the command ends and prints it."""
 
     # Takes a response's text (with CUT_MARK after it, if the token limit cut it off) and an answer; returns a finite
-    # number. Before a run, it is tried with each answer as the text, and raises ValueError if it cannot read it.
+    # number. It is first tried with each answer as the text. There it should raise ValueError if it cannot read it.
     reward: Callable
     problems: Callable  # takes --data or None, and "train" or "test"; returns dicts with question and answer, both text
     prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -688,7 +693,7 @@ def load_problems(config) -> tuple[list[dict], list[dict]]:
     if config.eval_every and not tests:
         raise ValueError("--data: the test split has no problems; give it some, or --eval-every 0")
     try_rewards(task, problems + tests)
-    order = np.random.default_rng(0).permutation(len(tests))
+    order = np.random.default_rng(0).permutation(len(tests))  # the same in each run
     return problems, [tests[index] for index in order[: config.eval_problems if config.eval_every else 0]]
 
 
@@ -784,17 +789,16 @@ def check_model(name: str) -> None:
         hook = model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits[:, -1]))
         # Draw at a temperature at which all tokens are equally probable, and compare at temperature 1. (Drawn at 1,
         # they might all be tokens of which the model is sure: log-probabilities of 0, whatever is wrong.) A quarter of
-        # all tokens end a response. With these seeds, two of the four responses end early, and their rows leave.
+        # all tokens end a response. With these seeds, two of the four end early, and `sample` drops their rows at once.
         stops = range(model.config.get_text_config().vocab_size // 4)
         responses = sample(model, prompts, 2, 5, eos_token_id=stops, temperature=1e6, seeds=[3, 2])
         hook.remove()
-        passes[0] = passes[0].repeat_interleave(2, dim=0)  # from then on, each response has a row
-        prompt_of_response = [prompts[0], prompts[0], prompts[1], prompts[1]]
-        logits, _, mask = response_logits(model, prompt_of_response, responses)  # (n, V), one response after the other
-        # The sampler's pass t predicts token t of all responses that are that long. Bring the logits into this order.
-        order = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, torch.arange(len(logits)))
-        logits = logits[order.T[mask.T]]
-        difference = (torch.cat(passes).log_softmax(dim=-1) - logits.log_softmax(dim=-1)).abs().max().item()
+        # The first pass has a row for each prompt. The others have one for each response that goes on.
+        sampled = torch.cat([passes[0].repeat_interleave(2, dim=0), *passes[1:]])
+        logits, _, mask = response_logits(model, [prompts[0], prompts[0], prompts[1], prompts[1]], responses)
+        # These go response by response, and the sampler's go token by token. So turn (N, T, V) into (T, N, V).
+        trained = pad_sequence(logits.split([len(response) for response in responses]))[mask.T]
+        difference = (sampled.log_softmax(dim=-1) - trained.log_softmax(dim=-1)).abs().max().item()
         # Rounding alone makes 0.004 nats in SmolLM2-135M. (Not `>`, so that nan is refused, too.)
         if not difference < 0.02:
             raise ArithmeticError(f"sampling and training differ by {difference:.2g} nats")
@@ -856,7 +860,7 @@ def start_processes(device) -> None:
 
 
 def end_processes() -> None:
-    """Ends the process group, if there is one. (A process that ends without this can hang.)"""
+    """Ends the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -1008,7 +1012,7 @@ def check_output(output: Path, options: dict) -> None:
 
 
 def hold_directory(output: Path, options: dict):
-    """Begins a run in OUTPUT with its config.json. Returns a lock: while a name holds it, other commands are kept out."""
+    """Begins a run in OUTPUT with its config.json. Returns a lock, which keeps other commands out as long as it is open."""
     errors = []
     lock = None
     try:
@@ -1033,22 +1037,24 @@ def hold_directory(output: Path, options: dict):
 
 
 def what_to_do(error: BaseException, config) -> str:
-    """A line for a run that has ended because of memory, or because OUTPUT cannot be written any more."""
+    """A line for a run that ended because of memory, or because OUTPUT cannot be written. Raises any other error again."""
     functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    is_sampling = "sample_trajectories" in functions
+    if isinstance(error, torch.OutOfMemoryError):
+        what = "out of memory: "
+        if is_sampling and config.sample_batch >= 2 * config.num_samples:
+            what += f"try --sample-batch {config.sample_batch // 2}, or "
+        # (An error in `step` is of AdamW, when it makes its averages.)
+        if not is_sampling and "update" in functions and "step" not in functions:
+            what += f"try --micro-batch-tokens {config.micro_batch_tokens // 2}, or --gradient-checkpointing, or "
+        what += "take more GPUs, with --shard, or a smaller model, in a new --output"
+    elif is_sampling or "say" in functions:
+        raise error  # not of OUTPUT, but of the reward of a task, which may read files, or of the screen
+    else:
+        what = f"--output {config.output}: cannot be written ({cause(error)})"
     checkpoints = sorted(Path(config.output).glob("checkpoint-*"))
     again = f"goes on from {checkpoints[-1].name}" if checkpoints else "begins again"
-    then = f"with --resume --output {config.output} the command {again}"
-    if isinstance(error, torch.OutOfMemoryError):
-        remedy = "take more GPUs, with --shard, or a smaller model, in a new --output"
-        if "sample_trajectories" in functions:
-            remedy = f"try --sample-batch {config.sample_batch // 2}, or {remedy}"
-        elif "update" in functions and "step" not in functions:  # `step` is AdamW's, which makes its averages
-            fewer_tokens = config.micro_batch_tokens // 2
-            remedy = f"try --micro-batch-tokens {fewer_tokens}, or --gradient-checkpointing, or {remedy}"
-        return f"out of memory: {remedy}; {then}"
-    if functions & {"sample_trajectories", "say"}:
-        raise error  # not of OUTPUT, but of the reward of a task, which may read files, or of the screen
-    return f"--output {config.output}: cannot be written ({cause(error)}); {then}"
+    return f"{what}; with --resume --output {config.output} the command {again}"
 
 
 # ------------------------------ Options and the command line ------------------------------
@@ -1093,7 +1099,7 @@ class Config:
     sample_batch: int = option(512, "Responses that a process samples at a time, at least those to one prompt.")
     micro_batch_tokens: int = option(2048, "Tokens that a process learns from at a time. Fewer take less memory.")
     gradient_checkpointing: bool = option(False, "Compute each layer again in the backward pass: slower, less memory.")
-    shard: bool = option(False, "Split the policy over the GPUs with FSDP, if it does not fit on one, in place of DDP.")
+    shard: bool = option(False, "Use FSDP in place of DDP. It splits a policy that does not fit on one GPU.")
     device: Literal["cuda", "mps", "cpu"] | None = option(None, "Default: cuda if there is a GPU, else cpu.")
     dtype: Literal["bfloat16", "float32"] | None = option(
         None, "Precision of all passes; θ is in float32. Default: bfloat16 where it is fast, but float32 for sums."
@@ -1162,7 +1168,7 @@ def parse_options(argv) -> Config:
         fail("--resume: repeat the command of a run, with its --output DIR")
     if config.shard and WORLD_SIZE == 1:
         fail("--shard: needs several processes, as torchrun starts them")
-    # A process never samples more than its share of an iteration at a time: not when it evaluates, either.
+    # A process never samples more than its share of an iteration at a time, nor when it evaluates.
     share = math.ceil(config.prompts_per_step / WORLD_SIZE) * config.num_samples
     config.sample_batch = min(config.sample_batch, share)
     config.output = config.output or f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -1209,7 +1215,7 @@ def main(argv=None) -> None:
         if config.beta:
             _, reference = load_model(config.model)
             reference = distribute(reference.requires_grad_(False), config)
-        # A process group can hang if it is destroyed before the DDP wrapper. So `main` keeps no name for it.
+        # A process group can hang if it is destroyed before the DDP wrapper. So `main` keeps no reference to the wrapper.
         train(config, distribute(policy, config), old_policy, reference, tokenizer, problems, held_out, output)
         # `old_policy` is the trained θ, in --dtype. The last checkpoint has it in float32.
         if RANK == 0:

@@ -2447,8 +2447,8 @@ def run_out_of_memory(*args, **keywords):
 @pytest.mark.parametrize(
     ("where", "changes", "words"),
     [
-        ("empg.sample", {}, ["try --sample-batch 8", "checkpoint-000001"]),  # an iteration has 4 prompts × 4 samples
-        ("empg.DynamicCache.update", {"sample_batch": 4}, ["try --sample-batch 2", "a smaller model"]),
+        ("empg.DynamicCache.update", {}, ["try --sample-batch 8", "checkpoint-000001"]),  # of 4 prompts × 4 samples
+        ("empg.DynamicCache.update", {"sample_batch": 4}, ["out of memory: take more GPUs"]),
         (
             "empg.micro_batch_loss",
             {},
