@@ -84,8 +84,13 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
 # ------------------------------------------------------------------------------------------
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-# What stands between two boxes that are one list: a comma, "or" or "and", and perhaps a name, as in "or x =".
-JOINED = re.compile(r" ?(?:[,;]|,? ?(?:\\(?:text|mathrm|mbox) ?\{ ?)?(?:or|and)\b) ?(?:or|and)? ?(?:[a-zA-Z] ?= ?)?")
+# What stands between two boxes that are one list: a comma or the like, "or" or "and", and perhaps a name, as in
+# "or x ="; or any words with "or" among them
+JOINED = re.compile(
+    r"[^\w.!?=]*(?:text\w* ?\{ ?|mathrm ?\{ ?|mbox ?\{ ?)?(?:or|and|to|lor|vee)?[^\w.!?=]*(?:[a-z] ?= ?)?"
+    r"|[^.!?=]*\bor\b(?! equivalently)[^.!?=]*",
+    re.IGNORECASE,
+)
 
 
 def box_contents(text: str, start: int) -> tuple[str | None, int]:
@@ -125,13 +130,16 @@ def last_boxed(text: str) -> str | None:
             continue  # this box is within another one
         between = re.sub(r"(?:\\(?:q?quad\b|[()\[\],:;! ])|[\s$}*])+", " ", text[end : match.start()])
         contents, end = box_contents(text, match.end())
+        if contents is None and text[match.end() : match.end() + 1] != "{":
+            found = []  # the text only speaks of a box, as the prompt does
+            continue
         if contents is None:
             return None
         if contents:
             is_joined = len(between) < 40 and JOINED.fullmatch(between)
             inner = re.fullmatch(r"\\boxed\s*\{([^{}]*)\}", contents)
             found = [*(found if is_joined else []), inner[1] if inner else contents]
-    return ", ".join(found) or None
+    return ", ".join(dict.fromkeys(found)) or None  # the same box twice is one answer
 
 
 def gold_answer(answer: str) -> str:
@@ -173,7 +181,7 @@ WORD = rf"{LETTERS}(?:[-'’]{LETTERS})*(?:['’](?![^\W\d_]))?"
 BETWEEN = r"[\s.,;:/()²³—]*"
 # (Behind "18. Next" another sentence begins.)
 WORDS = re.compile(rf"(?!\s*\.\s*\w){BETWEEN}(?:{WORD}(?:\s*\^[23])?{BETWEEN})*")
-SHORT_UNIT = "m|g|s|h|l|L|t|km|cm|mm|mi|ft|in|yd|sq|kg|Kg|mg|lb|oz|ml|mL|hr|am|pm|AM|PM|MB|GB|TB"
+SHORT_UNIT = "m|g|s|h|l|L|t|km|cm|mm|mi|mph|ft|in|yd|sq|kg|Kg|mg|lbs?|oz|ml|mL|hrs?|min|am|pm|AM|PM|MB|GB|TB"
 # Words that make another number of the one before them: 18 thousand, 18 and a half
 MULTIPLE = re.compile(
     r"\W*(?:and (?:an? )?)?(?:hundreds?|thousands?|[mbtr]+illions?|mil|bn|dozens?|half|halves|thirds?|quarters?"
@@ -200,6 +208,7 @@ def is_unit(text: str) -> bool:
     """Whether what stands after a number is its unit, or are words that leave the number as it is."""
     if (
         not WORDS.fullmatch(text)
+        or text.startswith("(")
         or MULTIPLE.match(text)
         or re.search(ANOTHER_NUMBER, re.sub(OF_SOME, "", text.lower()))
     ):
@@ -224,6 +233,7 @@ PLAIN = [
     (r"\\text\s*\{([^{}]*)\}", r" \1 "),
     (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2 "),
     (r"\\times|\\cdot|×|·", "*"),
+    (r"\\div(?![a-zA-Z])|÷", "/"),
     (r"\*\*([^*]+)\*\*", r"\1"),
     (r"\^\{([23])\}", r"^\1"),
     (r"\b([ap])\.\s?m\b\.?", r"\1m"),
@@ -232,11 +242,11 @@ NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|\.(?!\s*\w))?|\.\d+)"
 # 18, 36/2, 2 1/2 or 5:00, and what stands after it
 AMOUNT = re.compile(rf"([-+]?)\s*({NUMBER})(?:\s*/\s*(\d+)|\s+(\d+)/(\d+)|:00)?(.*)", re.DOTALL)
 # The left-hand side of an equation: a name, or a calculation with numbers and their units
-NAME = r"\s*[^\W\d_][^\d=:;,+*/^<>!\\-]*"
+NAME = r"\s*[^\W\d_][^\d=:;,+*/^²³<>!\\-]*"
 NOT_A_NAME = (
     rf"\b(?:or|and|not|plus|minus|half|twice|double|triple|square|squared|root|log|ln|sin|cos|tan|{NUMBER_WORD})\b"
 )
-TERM = rf"[\s(-]*{NUMBER}\s*(?:{WORD}[\s.]*)*[\s)]*"
+TERM = rf"[\s(-]*{NUMBER}(?:\s*{WORD}\.*)*[\s)]*"
 CALCULATION = rf"{TERM}(?:[+*/-]{TERM})+"
 
 # Where a response announces its answer: up to the end of the line, or of the sentence. (A heading may have #### too.)
@@ -293,7 +303,7 @@ def number_of(text: str) -> Fraction | None:
 
 # Words before a number that make it another one, or not the answer
 OTHER_NUMBER = re.compile(
-    r"\b(?:minus|negative|not|or|half(?: of)?|twice|double|(?:less|more|fewer) than|at (?:most|least))[\s$*]+$",
+    r"\b(?:step|equation|minus|negative|not|or|half(?: of)?|twice|double|(?:less|more|fewer) than|at (?:most|least))[\s$*]+$",
     re.IGNORECASE,
 )
 
@@ -308,7 +318,15 @@ def last_number(text: str) -> str | None:
     before = re.split(r"\n|[.!?]\s", text[:start])[-1]
     is_in_list = re.search(r"\d", before) and re.search(r"\bor\s+(?:\w+\s+){0,2}$", before[-50:])
     is_bullet = re.fullmatch(r"\s*[*+-]\s*", before)
-    if is_in_list or OTHER_NUMBER.search(before) or (UNFINISHED.search(before) and not is_bullet):
+    is_heading = re.fullmatch(r"[\s(*#]*", before) and re.match(r"\d+[.):][^\w\n]+[^\W\d_]{2}", text[start:])  # 3. Next
+    is_question = "?" in text[start:]  # perhaps that of the problem
+    if (
+        is_heading
+        or is_question
+        or is_in_list
+        or OTHER_NUMBER.search(before)
+        or (UNFINISHED.search(before) and not is_bullet)
+    ):
         return None
     return re.split(r"\n|[.!?](?:\s|$)", text[start:])[0]
 
@@ -387,6 +405,7 @@ FORMULA = [
     (rf"^\s*\\text\s*\{{(?![^{{}}]*{NOT_A_NAME})[^{{}}\d]*\}}\s*=", ""),  # a name
     (r"^\s*\\text\s*\{\s*([^{}]*)\}\s*$", r"\1"),  # nothing but words
     (r"^\s*\{([^{}]*)\}\s*$", r"\1"),
+    (r"^(\s*-?\\frac\{\d+\}\{\d+\})\s*\\approx\s*[\d.]+\s*$", r"\1"),
     (r"(\\(?:pi|sqrt)(?![a-zA-Z]).*?)\s*\\approx\s*[\d.]+\s*$", r"\1"),
 ]
 # A unit after a formula, in \text{}, or in plain words behind a number
@@ -415,17 +434,17 @@ UNREADABLE = re.compile(
 FUNCTION = r"!|\\(?:log|ln|exp|binom|arc\w+|sin|cos|tan|cot|sec|csc)(?![a-z])"
 RELATION = r"<|>|\\(?:leq?|geq?|neq?)(?![a-z])"
 # The left-hand side of an equation that gives a value: a name, such as x, f(2), AB or area, or a calculation
-LETTER_OR_NAME = r"(?:[a-zA-Z]|[A-Z]{2,3}|[a-zA-Z]{3,}|\\(?:alpha|beta|gamma|theta|lambda|phi|omega))"
+LETTER_OR_NAME = r"(?:[a-zA-Z]|[A-Z]{2}|[a-zA-Z]{3,}|\\(?:alpha|beta|gamma|theta|lambda|phi|omega))"
 ONE_NAME = rf"\s*(?:\\(?:angle|triangle|overline)\s*)?\{{?{LETTER_OR_NAME}'?\}}?(?:_\w+)?(?:\([^()=]*\))?\s*"
 VARIABLE = rf"(?!\s*{NOT_A_NAME}){ONE_NAME}(?:\+{ONE_NAME})*"  # such as m + n, too
-ARITHMETIC = r"(?:[\d\s.+*/()^{}-]|\\(?:frac|sqrt|cdot|times|div|pi)(?![a-zA-Z]))*"
+ARITHMETIC = r"(?:[\d\s.+*/()^{}!-]|\\(?:[dt]?binom|frac|sqrt|cdot|times|div|pi)(?![a-zA-Z]))*"
 
 
 def normal(formula: str) -> str:
     """A formula in one spelling, without its unit."""
     formula = rewrite(formula, SPELLINGS + FORMULA)
     words = LAST_WORDS.search(formula)
-    if words and len(re.findall(WORD, words[0])) <= 5 and is_unit(words[words.lastindex or 0]):
+    if words and len(re.findall(WORD, words[0])) <= 5 and is_unit(f" {words[words.lastindex or 0]}"):
         formula = formula[: words.start()]
     return formula.strip().rstrip(" .\n")
 
@@ -438,6 +457,8 @@ def last_side(formula: str) -> str | None:
     first, *sides = re.split(equals, formula)
     if not sides:
         return formula
+    if len(sides) == 1 and brackets(sides[0]) and re.fullmatch(VARIABLE, first):  # P = (2, 12)
+        return sides[0]
     if "," in formula:  # a list of values, as x = 1, x = 2
         names = {name.strip() for name in re.findall(r"([^,=]*)=", formula)}
         return formula if len(names) == 1 and re.fullmatch(VARIABLE, *names) else None
@@ -522,8 +543,10 @@ def are_equal(gold: str, given: str) -> bool:
         if not verify(one, two, allow_set_relation_comp=True, timeout_seconds=None):
             return False
         if getattr(one, "is_number", False) and getattr(two, "is_number", False):
-            one, two = one.doit().evalf(20), two.doit().evalf(20)
-            return bool(abs(one - two) <= 1e-6 * abs(one))
+            one, two = one.doit(), two.doit()
+            if one.is_Rational and two.is_Rational:
+                return bool(one == two)
+            return bool(abs((one - two).evalf(20, maxn=400)) <= 1e-15 * abs(one.evalf(20)))
     except Exception:  # noqa: BLE001 - what cannot be read is not right
         return False
     return True

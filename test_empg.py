@@ -1060,6 +1060,7 @@ BOXES = {
 -5 :: -5 | −5 | -5.0 | -\$5 | \$-5 :: 5 | 10 - 5 | 3-5 | −50 | \text{minus } 5
 5 :: 5 \text{ apples} | 5:00 | 5:00 PM | 5:00 \text{ p.m.} | 5 PM :: 5:30 | 5:05 | 5:00:30 | 17:5 | 5 \text{ PM or } 6 \text{ PM}
 5 :: 5 \text{ hours} :: 5 \text{ hours } 30 \text{ minutes} | 5 \text{ hours and } 30 \text{ minutes} | 5 \text{ feet } 6 \text{ inches} | 5 \text{ cm} \times 4 \text{ cm} | 5 hours thirty minutes | 5 \text{ hours and a half}
+18 :: 36 \div 2 = 18 | 36 ÷ 2 = 18 | 18lbs | 18mph :: x² = 18 | 18 \div 2 | 18(of 20) | S = 18(\text{sum of the faces})
 5 :: 5\text{ m} :: 5 \text{ dollars}, 6 \text{ dollars} | 5 \text{ to } 6 | 5 \text{ if } x > 0, 4 \text{ otherwise} | 5 \text{ pounds } 8 \text{ ounces} | 5\text{m }20\text{s}
 """,
     "math-hard": r"""
@@ -1107,6 +1108,11 @@ x^2+2x+1 :: (x+1)^2 | 1 + 2x + x^2 | x(x+2)+1 | y = x^2+2x+1 | (1+x)(1+x) :: x^2
 \text{odd} :: odd | \text{Odd} | \text{odd} :: \text{even} | od | \text{not odd}
 y = 2x+3 :: y=3+2x | 2x + 3 = y | y = 2x + 3. | y-3=2x | 2x+3 :: y = 2x - 3 | y = 2x | y = 3x+2 | x = 2y+3 | 0
 14 - i :: 14 - 1.0i | 14-i | -i + 14 | 14 - 1i | z = 14 - i :: 14 + i | 14 | -i | 14 - 2i | 14i
+12\pi :: 12\pi \, \text{square units} | 12\pi \text{units} :: 12\pi \, \text{or more} | 12\pi \text{or } 13\pi
+120 :: \binom{10}{3} = 120 | 5! = 120 | \dbinom{10}{3} = 120 :: 5! | \binom{10}{3} | 5! = 121
+\frac{1}{12} :: \frac{1}{12} \approx 0.083 :: 0.083 | \frac{1}{11} \approx 0.083
+(2, 12) :: P = (2, 12) | (2,12) :: 2P = (2,12) | (12, 2) | P = (2, 13)
+1 - \frac{1}{2^{100}} :: 1 - \frac{1}{2^{100}} | 1-\frac1{2^{100}} :: 1 + \frac{1}{2^{100}} | 1 - \frac{1}{2^{99}} | 1
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} :: \begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix} :: -\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix}s | \begin{pmatrix} 2 \\ 1 \end{pmatrix}
 """,
 }
@@ -1145,6 +1151,11 @@ She has at least 18 apples. :: None | It is more than $18. :: None | It is **not
 on the 18th :: None | in row B18 :: None | 18 thousand :: None | 3 * 6 :: None | at 5:30 :: None | 2024-05-18 :: None | 18 and a half :: None | x - 18 :: None
 \boxed{5}. No: \boxed{18}, I hope. 7 :: 18 | so $\boxed {18}$. :: 18 | so $\boxed 18$. :: 18 | so \boxed{18}. I put it in \boxed{}. :: 18
 \boxed{17} or \boxed{18} :: None | \boxed{17}, \boxed{18} :: None | \boxed{17}, \boxed{}, \boxed{18} :: None | $x = \boxed{17}$ or $x = \boxed{18}$ :: None | no idea :: None
+\boxed{17}\boxed{18} :: None | $\boxed{17}$ or maybe $\boxed{18}$ :: None | \boxed{17} apples or \boxed{18} apples :: None | \boxed{17}/\boxed{18} :: None
+$\boxed{17}$ (or $\boxed{18}$) :: None | \boxed{17}¶\boxed{18} :: None | \boxed{17} OR \boxed{18} :: None | $\boxed{17} \lor \boxed{18}$ :: None | \boxed{18}¶\boxed{18} :: 18
+It is \boxed{17} or equivalently \boxed{18} :: 18 | I put it within \boxed. So $\boxed{18}$ :: 18 | \boxed{17}. I put it within \boxed… :: None
+How many are left if 18 are sold? :: None | Is it 18? It is late. :: None | Is it 17? It is 18. :: 18 | By Step 18 we are done. :: None
+17. Find the eggs.¶18. Subtract the eggs that are eaten. :: None | ### Step 18: Multiply by the price. :: None | (18) Multiply by the price. :: None
 She sells 12 in the morning and 4… :: None | 2 steps: 1. Add. 2. Take away… :: None | The answer is 18… :: None | The answer is 18 dol… :: None
 The answer is 18. Let me check… :: 18 | so \boxed{18}. 2. Check… :: 18 | so \boxed{18… :: None | The answer is 17. So \boxed{18 :: None | \boxed{18 :: None | The answer is 18.… :: None | \boxed{5} or \boxed{18… :: None
 """
@@ -1175,6 +1186,16 @@ def test_where_the_answer_of_a_response_is():
     for text in ("", "5", r"\boxed{}", r"\boxed{5", r"\boxed", r"\boxed{ }"):
         assert not MATH.reward(text, "5"), text
     assert scoring.last_boxed(r"so \boxed{\frac{1}{\sqrt{2}}}, as") == r"\frac{1}{\sqrt{2}}"
+
+
+def test_long_sums_do_not_stop_a_run():
+    """A sampled text may repeat itself. Reading it takes no longer for it: with a bad pattern, for ever."""
+    for plus in (" + ", r" \, + \, ", "+"):
+        for term in ("5", "ABC", "5 apples", "x"):
+            text = plus.join([term] * 60)
+            for end in (r" + \ldots = 110", " = 110", "! = 18", ""):
+                assert scoring.number_of(text[:200] + end) in (None, 110)
+                assert MATH.reward(rf"\boxed{{{text[:200]}{end}}}", "x + 1") == 0
 
 
 # A solution in MATH :: right | right :: wrong | wrong
