@@ -683,11 +683,11 @@ def load_problems(config) -> tuple[list[dict], list[dict]]:
         tests = []
 
     def words(problem):
-        return problem["question"].lower().split()
+        return tuple(problem["question"].lower().split())
 
     # A question of the test split may also be in the training split, with other spaces and capitals. Never train on it.
-    test_questions = {tuple(words(problem)) for problem in tests}
-    problems = [problem for problem in problems if tuple(words(problem)) not in test_questions]
+    test_questions = {words(problem) for problem in tests}
+    problems = [problem for problem in problems if words(problem) not in test_questions]
     if not problems:
         raise ValueError("--data: no problems are left to train on, as all of their questions are in the test split")
     if config.eval_every and not tests:

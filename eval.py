@@ -116,7 +116,7 @@ def last_boxed(text: str) -> str | None:
     r"""The contents of the last \boxed{...} of a text, or None. Braces within it are matched.
 
     Empty boxes do not count: a model may repeat the words of its prompt. If the last box is never closed, there is no
-    answer. Boxes that are joined by a comma, "or" or "and" are a list.
+    answer. Boxes with no more than a comma, "or" or the like between them are a list.
 
     >>> last_boxed(r"So it is $\boxed{\frac{1}{2}}$. I put my answer in \boxed{}.")
     '\\frac{1}{2}'
@@ -309,7 +309,8 @@ OTHER_NUMBER = re.compile(
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, up to the end of its sentence, unless it is a part of a calculation or of a list."""
+    """The last number of a text, up to the end of its sentence, unless it is a part of a calculation, of a list, of a
+    heading or of a question."""
     text = rewrite(text, SPELLINGS + PLAIN)
     numbers = list(JOINED_NUMBERS.finditer(text))
     if not numbers:
@@ -320,13 +321,8 @@ def last_number(text: str) -> str | None:
     is_bullet = re.fullmatch(r"\s*[*+-]\s*", before)
     is_heading = re.fullmatch(r"[\s(*#]*", before) and re.match(r"\d+[.):][^\w\n]+[^\W\d_]{2}", text[start:])  # 3. Next
     is_question = "?" in text[start:]  # perhaps that of the problem
-    if (
-        is_heading
-        or is_question
-        or is_in_list
-        or OTHER_NUMBER.search(before)
-        or (UNFINISHED.search(before) and not is_bullet)
-    ):
+    is_unfinished = UNFINISHED.search(before) and not is_bullet
+    if is_heading or is_question or is_in_list or is_unfinished or OTHER_NUMBER.search(before):
         return None
     return re.split(r"\n|[.!?](?:\s|$)", text[start:])[0]
 
