@@ -32,10 +32,12 @@ responses to a prompt. (With many prompts, take the mean over them.) Since ∇P_
     ∇J(θ) = Σ_τ R(τ) ∇P_θ(τ) = E[R(τ) ∇log P_θ(τ)].                                             (Eq. 4)
 
 This is the *policy gradient*. It is an average over responses of the policy, so N = P·G samples estimate it. A may take
-the place of R, as `subtract_baseline` and `smooth_rewards` say. So what line 12 follows is, in expectation and up to a
-positive factor, the policy gradient, if rewards are 0 or 1:
+the place of R, as `subtract_baseline` and `smooth_rewards` say. So line 12 follows
 
     (1/N) Σᵢ A(τᵢ) ∇log P_θ(τᵢ).                                                                (Eq. 12)
+
+With rewards of 0 or 1 this is, in expectation and up to a positive factor, nearly the policy gradient. (Nearly, as μ
+and σ depend a little on the samples.)
 
 Why E and M? In expectation-maximisation, the E-step infers what is hidden, with the old parameters θ*. Here, that is the
 reasoning (the rationale) that leads to a right answer. The M-step moves θ to make it likely. Plain EM would keep the
@@ -206,7 +208,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     thresholds = uniforms[:, None] * cumulative[:, -1:]  # (rows, 1)
     tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
     # If the logits are nan, nothing exceeds a threshold, and a GPU would abort at an index past the end. So take the
-    # last token then. (All responses are equal from then on, so that `no_signal` is 1.)
+    # last token then.
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
@@ -221,7 +223,8 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
 
     Takes: model, in evaluation mode, as `from_pretrained` returns it; prompts, P lists of token ids, none of them
         empty; eos_token_id, the token that ends a response, or a list of several; pad_token_id, any token, as the
-        model does not see it; temperature, by which the logits are divided; seeds, P ints, one for each prompt.
+        model does not see it; temperature, by which the logits are divided, or 0 for the likeliest token each
+        time; seeds, P ints, one for each prompt, none of them negative.
     Returns: P·G lists of token ids, those of the first prompt first. Each ends with an end token, unless it was cut
         off at `max_new_tokens`.
     """
@@ -535,7 +538,7 @@ def train(config, policy, old_policy, reference, tokenizer, problems, held_out, 
         model, or None; problems to train on, and held_out ones to evaluate on, all with prompts.
     """
     task = TASKS[config.task]
-    # AdamW as is usual for language models, but without weight decay, which would pull θ towards 0.
+    # AdamW with the usual settings for language models, but without weight decay, which would pull θ towards 0.
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     # Line 1: θ is the base model. But with --resume, read what the run's checkpoint holds into θ and the optimizer.
@@ -601,7 +604,8 @@ class Task:
     """Something to learn. Put your own into TASKS. If `problems` raises ValueError, the command ends and prints it."""
 
     # Takes a response's text (with CUT_MARK after it, if the token limit cut it off) and an answer; returns a finite
-    # number. It is first tried with each answer as the text. There it should raise ValueError if it cannot read it.
+    # number. Before a run it is called with each answer as the text, too. If it cannot read that, it should raise
+    # ValueError.
     reward: Callable
     problems: Callable  # takes --data or None, and "train" or "test"; returns dicts with question and answer, both text
     prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -661,8 +665,7 @@ TASKS = {
 
 
 def try_rewards(task, problems: list[dict]) -> None:
-    """Calls the reward on each problem's own answer, for nothing but its errors: an answer that cannot be read, or a
-    missing eval.py. Raises ValueError if there is one."""
+    """Calls the reward on each problem's own answer. Raises ValueError if it cannot be read, or if eval.py is missing."""
     for problem in problems:
         try:
             task.reward(problem["answer"], problem["answer"])
@@ -693,8 +696,9 @@ def load_problems(config) -> tuple[list[dict], list[dict]]:
     if config.eval_every and not tests:
         raise ValueError("--data: the test split has no problems; give it some, or --eval-every 0")
     try_rewards(task, problems + tests)
-    order = np.random.default_rng(0).permutation(len(tests))  # the same in each run
-    return problems, [tests[index] for index in order[: config.eval_problems if config.eval_every else 0]]
+    num_held_out = config.eval_problems if config.eval_every else 0
+    order = np.random.default_rng(0).permutation(len(tests))[:num_held_out]  # the same in each run
+    return problems, [tests[index] for index in order]
 
 
 def load_model(name: str, dtype="auto"):
@@ -710,14 +714,14 @@ def load_model(name: str, dtype="auto"):
     return tokenizer, model
 
 
-def write_chat(tokenizer, turns, **how):
-    """What the model's chat template makes of some turns. Raises ValueError if it cannot be used."""
+def write_chat(tokenizer, turns, **how) -> str:
+    """The text that the model's chat template makes of some turns. Raises ValueError if it cannot be used."""
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         # It writes today's date. But prompts must not change when a run is resumed. So it is always the same day.
         template = "{% macro strftime_now(form) %}15 June 2025{% endmacro %}" + template
     try:
-        return tokenizer.apply_chat_template(turns, chat_template=template, **how)
+        return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **how)
     except Exception as error:
         raise ValueError(f"--model: its chat template cannot be used here ({error})") from error
 
@@ -728,13 +732,12 @@ def add_prompts(problems, task, tokenizer) -> None:
     for problem in problems:
         text = task.prompt.replace("{question}", problem["question"])
         if has_template:
-            turns = [{"role": "user", "content": text}]
-            text = write_chat(tokenizer, turns, add_generation_prompt=True, tokenize=False)
+            text = write_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
         if problem["question"].strip() not in text:
             raise ValueError("--model: its chat template, or the task's prompt, leaves the question out")
         # A chat template has already written the special tokens.
         ids = tokenizer(text, add_special_tokens=not has_template)["input_ids"]
-        # Some tokenizers put EOS after each text. But nothing is to be written after EOS.
+        # Some tokenizers put EOS after each text. Remove it: the response has to follow the question.
         problem["prompt"] = ids[:-1] if not has_template and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -745,9 +748,9 @@ def stop_tokens(tokenizer, model) -> list[int]:
     if configured is not None:
         stops.update([configured] if isinstance(configured, int) else configured)
     if tokenizer.chat_template is not None:
-        # Write a short chat, and see which special token comes last, after what the model says.
+        # Write a short chat, and take the special token that comes last, after what the model says.
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        end = write_chat(tokenizer, turns, tokenize=False).rpartition("!")[2]
+        end = write_chat(tokenizer, turns).rpartition("!")[2]
         ids = tokenizer(end, add_special_tokens=False)["input_ids"]
         special_tokens = [token for token in ids if token in tokenizer.added_tokens_decoder]
         stops.update(special_tokens[-1:])
@@ -782,24 +785,23 @@ def check_model(name: str) -> None:
     The first reads token by token, with padding on the left, a mask, positions and a cache. The second reads all tokens
     in one pass, with none of these. A kind of model that one of them does not know would be trained on wrong numbers.
     """
-    _, model = load_model(name, torch.float32)
+    _, model = load_model(name, torch.float32)  # in bfloat16, rounding alone could exceed the limit below
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8]]  # of unequal length, so that one is padded
-    passes = []  # the logits, (rows, V), of each of the sampler's forward passes
+    passes = []  # the logits, (rows, V), of the last column in each forward pass
+    model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits[:, -1]))
     try:
-        hook = model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits[:, -1]))
-        # Draw at a temperature at which all tokens are equally probable, and compare at temperature 1. (Drawn at 1,
-        # they might all be tokens of which the model is sure: log-probabilities of 0, whatever is wrong.) A quarter of
-        # all tokens end a response. With these seeds, two of the four end early, and `sample` drops their rows at once.
+        # At this temperature all tokens are equally probable, and a quarter of them end a response. So the seeds alone
+        # decide which responses end, whatever the model: two of the four, early. `sample` drops their rows at once.
         stops = range(model.config.get_text_config().vocab_size // 4)
         responses = sample(model, prompts, 2, 5, eos_token_id=stops, temperature=1e6, seeds=[3, 2])
-        hook.remove()
         # The first pass has a row for each prompt. The others have one for each response that goes on.
-        sampled = torch.cat([passes[0].repeat_interleave(2, dim=0), *passes[1:]])
+        sampled = torch.cat([passes[0].repeat_interleave(2, dim=0), *passes[1:]]).log_softmax(dim=-1)
         logits, _, mask = response_logits(model, [prompts[0], prompts[0], prompts[1], prompts[1]], responses)
         # These go response by response, and the sampler's go token by token. So turn (N, T, V) into (T, N, V).
-        trained = pad_sequence(logits.split([len(response) for response in responses]))[mask.T]
-        difference = (sampled.log_softmax(dim=-1) - trained.log_softmax(dim=-1)).abs().max().item()
-        # Rounding alone makes 0.004 nats in SmolLM2-135M. (Not `>`, so that nan is refused, too.)
+        lengths = [len(response) for response in responses]
+        trained = pad_sequence(logits.log_softmax(dim=-1).split(lengths))[mask.T]
+        difference = (sampled - trained).abs().max().item()
+        # In SmolLM2-135M, rounding alone makes a difference of 0.004 nats. (Not `>`, so that nan is refused, too.)
         if not difference < 0.02:
             raise ArithmeticError(f"sampling and training differ by {difference:.2g} nats")
     except Exception as error:
@@ -845,10 +847,10 @@ def start_processes(device) -> None:
     # Processes find each other's addresses in a store, a dictionary that all of them read and write. If it is
     # torchrun's own, it outlives a restart (--max-restarts). New processes would find the addresses of those that died,
     # and wait for them. So let the keys begin with the number of the restart. But each machine counts its own restarts,
-    # so on several machines the keys may differ.
+    # so on several machines the keys could differ: refuse that.
     is_store_of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if is_store_of_torchrun and restarts and num_processes < WORLD_SIZE:
+    max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if is_store_of_torchrun and max_restarts and num_processes < WORLD_SIZE:
         fail("--max-restarts, on several machines, needs the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     timeout = timedelta(hours=1)  # in case one of the processes is slow to download the model
     store, _, _ = next(dist.rendezvous("env://", RANK, WORLD_SIZE, timeout=timeout))
@@ -1024,7 +1026,7 @@ def hold_directory(output: Path, options: dict):
             except BlockingIOError as error:
                 raise ValueError(f"--output {output}: another command is at work there; name another one") from error
             except OSError:
-                say(f"There are no locks in {output}: see to it that no other command works there.")
+                say(f"The file system of {output} has no locks: make sure that no other command uses this directory.")
             check_output(output, options)
             write_atomically(output / "config.json", json.dumps(options, indent=2))
     except (OSError, ValueError) as error:
@@ -1044,12 +1046,12 @@ def what_to_do(error: BaseException, config) -> str:
         what = "out of memory: "
         if is_sampling and config.sample_batch >= 2 * config.num_samples:
             what += f"try --sample-batch {config.sample_batch // 2}, or "
-        # (An error in `step` is of AdamW, when it makes its averages.)
+        # (In `step`, AdamW is making its averages. In sampling, `update` is a method of the cache.)
         if not is_sampling and "update" in functions and "step" not in functions:
             what += f"try --micro-batch-tokens {config.micro_batch_tokens // 2}, or --gradient-checkpointing, or "
         what += "take more GPUs, with --shard, or a smaller model, in a new --output"
     elif is_sampling or "say" in functions:
-        raise error  # not of OUTPUT, but of the reward of a task, which may read files, or of the screen
+        raise error  # it does not come from OUTPUT, but from a task's reward, which may read files, or from printing
     else:
         what = f"--output {config.output}: cannot be written ({cause(error)})"
     checkpoints = sorted(Path(config.output).glob("checkpoint-*"))
@@ -1107,8 +1109,9 @@ class Config:
 
 
 # What `python empg.py` does without a large GPU, or with --task sums: the tiny model in base/ learns the built-in task.
-LAPTOP = {"model": str(Path(__file__).resolve().with_name("base")), "task": "sums", "max_new_tokens": 40, "lr": 1e-4}
-LAPTOP |= {"steps": 60, "prompts_per_step": 32, "num_samples": 16, "eval_every": 5, "eval_problems": 500}
+BASE = str(Path(__file__).resolve().with_name("base"))
+LAPTOP: dict = {"model": BASE, "task": "sums", "max_new_tokens": 40, "lr": 1e-4, "steps": 60, "eval_every": 5}
+LAPTOP |= {"prompts_per_step": 32, "num_samples": 16, "eval_problems": 500}
 
 # The name of the method in config.json. A script that replaces a piece of this file, as in studies/, sets another one.
 METHOD = "EMPG"
@@ -1131,26 +1134,23 @@ def best_precision(device: str, task: str) -> Literal["bfloat16", "float32"]:
 
 
 def parse_options(argv) -> Config:
-    """The options of a command line, with defaults for what it does not say. Exits with a line if one cannot work."""
-    what_it_does = f"{__doc__.splitlines()[0]} The defaults are those for a pretrained model."
-    how = {"description": what_it_does, "formatter_class": argparse.HelpFormatter, "allow_abbrev": False}
+    """The options of a command line, with defaults for what it does not say. If one cannot work, prints a line and exits."""
+    about = f"{__doc__.splitlines()[0]} The defaults are those for a pretrained model."
+    how = {"description": about, "formatter_class": argparse.HelpFormatter, "allow_abbrev": False}
     parser: Any = HfArgumentParser(Config, **how)  # type: ignore[arg-type]
     parser.error = fail
     # The defaults depend on the machine and on what was asked for, so read the command line twice.
     asked = parser.parse_args(argv)
     device = asked.device or default_device()
-    recipe: dict = {"task": "gsm8k", "device": device}
     # (If there are more processes than GPUs, `start_processes` will say so.)
     has_gpu = device == "cuda" and torch.cuda.is_available() and LOCAL_RANK < torch.cuda.device_count()
     gigabytes = torch.cuda.get_device_properties(LOCAL_RANK).total_memory / 1e9 if has_gpu else 0
+    # With the other defaults, 1.5B parameters take about 43 GB, and 0.5B about 18 GB: see docs/running.md.
+    recipe = {"task": "gsm8k", "model": "Qwen/Qwen2.5-1.5B" if gigabytes > 60 else "Qwen/Qwen2.5-0.5B"}
     # A GPU that is sold with 24 GB has 23 to 26 · 10⁹ bytes.
     if asked.model is None and (asked.task == "sums" or (asked.task is None and gigabytes < 22)):
-        recipe |= LAPTOP
-    elif asked.model is None:
-        # With the other defaults, 1.5B parameters take about 43 GB, and 0.5B about 18 GB: see docs/running.md.
-        recipe["model"] = "Qwen/Qwen2.5-1.5B" if gigabytes > 60 else "Qwen/Qwen2.5-0.5B"
-    recipe["dtype"] = best_precision(device, asked.task or recipe["task"])
-    parser.set_defaults(**recipe)
+        recipe = LAPTOP
+    parser.set_defaults(**recipe, device=device, dtype=best_precision(device, asked.task or recipe["task"]))
     config = Config(**vars(parser.parse_args(argv)))
 
     for name, value in asdict(config).items():
@@ -1168,7 +1168,7 @@ def parse_options(argv) -> Config:
         fail("--resume: repeat the command of a run, with its --output DIR")
     if config.shard and WORLD_SIZE == 1:
         fail("--shard: needs several processes, as torchrun starts them")
-    # A process never samples more than its share of an iteration at a time, nor when it evaluates.
+    # In training a process has no more than this to sample. Hold evaluation to it, so that it takes no more memory.
     share = math.ceil(config.prompts_per_step / WORLD_SIZE) * config.num_samples
     config.sample_batch = min(config.sample_batch, share)
     config.output = config.output or f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -1188,7 +1188,7 @@ def main(argv=None) -> None:
         problems, held_out = load_problems(config)
         tokenizer, policy = load_model(config.model)
         add_prompts(problems + held_out, TASKS[config.task], tokenizer)
-        stop_tokens(tokenizer, policy)  # for nothing but its errors
+        stop_tokens(tokenizer, policy)  # only for the errors that it may raise
         room = room_for_responses(problems + held_out, policy)
         if room < config.max_new_tokens:
             raise ValueError(f"--max-new-tokens {config.max_new_tokens}: at most {room} fit after the prompts")
