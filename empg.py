@@ -61,6 +61,7 @@ The first half of this file is the method, to be read from top to bottom. To run
 """
 
 import argparse
+import atexit
 import fcntl
 import hashlib
 import json
@@ -92,6 +93,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -822,7 +824,6 @@ def fail_together(errors: list[str]) -> None:
     """Ends all processes if one of them has an error, and says the first."""
     errors = gather(errors)
     if errors:
-        end_processes()
         fail(errors[0])
 
 
@@ -843,7 +844,7 @@ def start_processes(device) -> None:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         return
     if dist.is_initialized():
-        return  # by a program that calls `main`
+        return  # by an earlier call of `main`, or by the program that calls it
     # Processes find each other's addresses in a store, a dictionary that all of them read and write. If it is
     # torchrun's own, it outlives a restart (--max-restarts). New processes would find the addresses of those that died,
     # and wait for them. So let the keys begin with the number of the restart. But each machine counts its own restarts,
@@ -862,7 +863,7 @@ def start_processes(device) -> None:
 
 
 def end_processes() -> None:
-    """Ends the process group, if there is one."""
+    """Ends the process group, if there is one. It is called when the program ends, so that `main` can be called again."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -987,8 +988,6 @@ def load_checkpoint(output, policy, optimizer, config):
     except (Exception, dcp.api.CheckpointException) as error:  # noqa: BLE001 - CheckpointException is a BaseException
         what = f"{newest.name} cannot be read; try again, or, if it is damaged, remove it to begin again"
         fail(f"--output {output}: {what} ({cause(error)!r})")
-    if state["step"] > config.steps:
-        fail(f"--steps {config.steps}: the run in {output} has {state['step']} already; give as many or more")
     say(f"Resuming after iteration {state['step']}")
     return state["step"], json.loads(state["metrics"])
 
@@ -1011,6 +1010,9 @@ def check_output(output: Path, options: dict) -> None:
     begun = {name: before.get(name) for name in names if before.get(name) != options.get(name)}
     if begun:
         raise ValueError(f"--output {output}: its run was begun with {begun}; repeat that, or name a new one")
+    done = max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
+    if done > options["steps"]:
+        raise ValueError(f"--steps {options['steps']}: the run in {output} has {done} already; give as many or more")
 
 
 def hold_directory(output: Path, options: dict):
@@ -1029,7 +1031,9 @@ def hold_directory(output: Path, options: dict):
                 say(f"The file system of {output} has no locks: make sure that no other command uses this directory.")
             check_output(output, options)
             write_atomically(output / "config.json", json.dumps(options, indent=2))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        errors.append(f"--output {output}: cannot be written ({error})")
+    except ValueError as error:
         errors.append(str(error))
     fail_together(errors)
     if not (output / "config.json").exists():
@@ -1048,12 +1052,13 @@ def what_to_do(error: BaseException, config) -> str:
             what += f"try --sample-batch {config.sample_batch // 2}, or "
         # (In `step`, AdamW is making its averages. In sampling, `update` is a method of the cache.)
         if not is_sampling and "update" in functions and "step" not in functions:
-            what += f"try --micro-batch-tokens {config.micro_batch_tokens // 2}, or --gradient-checkpointing, or "
+            what += f"try --micro-batch-tokens {max(1, config.micro_batch_tokens // 2)}, or "
+            what += "" if config.gradient_checkpointing else "--gradient-checkpointing, or "
         what += "take more GPUs, with --shard, or a smaller model, in a new --output"
     elif is_sampling or "say" in functions:
         raise error  # it does not come from OUTPUT, but from a task's reward, which may read files, or from printing
     else:
-        what = f"--output {config.output}: cannot be written ({cause(error)})"
+        what = f"--output {config.output}: cannot be written; is the disk full? ({cause(error)})"
     checkpoints = sorted(Path(config.output).glob("checkpoint-*"))
     again = f"goes on from {checkpoints[-1].name}" if checkpoints else "begins again"
     return f"{what}; with --resume --output {config.output} the command {again}"
@@ -1215,15 +1220,14 @@ def main(argv=None) -> None:
         if config.beta:
             _, reference = load_model(config.model)
             reference = distribute(reference.requires_grad_(False), config)
-        # A process group can hang if it is destroyed before the DDP wrapper. So `main` keeps no reference to the wrapper.
         train(config, distribute(policy, config), old_policy, reference, tokenizer, problems, held_out, output)
         # `old_policy` is the trained θ, in --dtype. The last checkpoint has it in float32.
         if RANK == 0:
             old_policy.save_pretrained(output / "model")
             tokenizer.save_pretrained(output / "model")
-    except (torch.OutOfMemoryError, OSError, dcp.api.CheckpointException) as error:
+    except (torch.OutOfMemoryError, OSError, SafetensorError, dcp.api.CheckpointException) as error:
         fail(what_to_do(error, config), everywhere=True)
-    end_processes()
+    atexit.register(end_processes)
 
 
 if __name__ == "__main__":

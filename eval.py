@@ -14,6 +14,7 @@ least one of k responses is right; maj@G is the share of problems for which the 
 """
 
 import argparse
+import atexit
 import hashlib
 import json
 import logging
@@ -1039,7 +1040,7 @@ def score_model(options: Options) -> dict[str, str]:
         rows = evaluate(options, problems, tokenizer, model, empg.gather(rows))
     except torch.OutOfMemoryError:
         fail("out of memory: halve --sample-batch, and repeat the command", everywhere=True)
-    empg.end_processes()
+    atexit.register(empg.end_processes)
     return describe(rows, options.num_samples) | paper_scores(options.model, options.task)
 
 

@@ -2067,6 +2067,31 @@ def test_torchrun_restarts_after_the_kill_of_a_rank(alone, tiny, tmp_path):
     same_metrics(metrics(run_alone), metrics(tmp_path / "run"))
 
 
+def run_three_times(output: str, *argv: str) -> None:
+    """A program that calls `main` several times."""
+    for number in range(3):
+        empg.main([*argv, f"--output={output}-{number}"])
+
+
+def test_a_program_may_call_main_several_times(tiny, tmp_path):
+    """Under torchrun, the processes still find each other at the second call, and all calls do the same. A process group
+    that the program has made is still there afterwards."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [word for word in options(tiny, tmp_path, steps=1) if not word.startswith("--output")]
+    command = [str(word) for word in (*torchrun, __file__, "run_three_times", tmp_path / "run", *words)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    first, *others = (metrics(tmp_path / f"run-{number}") for number in range(3))
+    for other in others:
+        same_metrics(first, other)
+    empg.dist.init_process_group("gloo", store=empg.dist.HashStore(), rank=0, world_size=1)
+    try:
+        empg.main(options(tiny, tmp_path / "own", steps=1))
+        assert empg.dist.is_initialized()
+    finally:
+        empg.dist.destroy_process_group()
+
+
 def test_restarts_need_a_store_of_their_own(monkeypatch, capfd):
     """On several machines, restarts with torchrun's own store, in which new processes wait for those that died, are
     refused in a line that names the remedy. One machine, or no restarts, or the remedy, are taken."""
@@ -2475,6 +2500,11 @@ def run_out_of_memory(*args, **keywords):
             {},
             ["try --micro-batch-tokens 1024", "--gradient-checkpointing", "checkpoint-000001"],
         ),
+        (
+            "empg.micro_batch_loss",
+            {"micro_batch_tokens": 1},
+            ["try --micro-batch-tokens 1, or --gradient-checkpointing"],
+        ),
         ("torch.optim.AdamW._init_group", {}, ["more GPUs, with --shard"]),
     ],
 )
@@ -2581,7 +2611,9 @@ def test_a_run_is_not_taken_up_by_other_options(tiny, tmp_path, capfd, odd_is_ri
     assert [row["step"] for row in metrics(out)][-2:] == [3, 3]  # an iteration and its evaluation
     words = options(tiny, out, "--resume", **more)
     refuses(capfd, empg.main, [*words, "--dtype=bfloat16"], "begun with {'dtype': 'float32'}")
-    refuses(capfd, empg.main, [*words, "--steps=2"], "--steps 2", "has 3 already")
+    before = files_in(out)
+    refuses(capfd, empg.main, [*words, "--steps=2", "--save-every=9"], "--steps 2", "has 3 already")
+    assert files_in(out) == before
 
 
 def test_a_run_of_an_older_revision_is_refused(tiny, tmp_path, capfd, odd_is_right):
