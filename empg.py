@@ -276,11 +276,12 @@ def sample(model, prompts, num_samples, max_new_tokens, *, eos_token_id, pad_tok
         going_on = [row for row, i in enumerate(response_of_row) if not ended[i]]
         if len(going_on) < 0.8 * len(response_of_row):
             response_of_row = [response_of_row[row] for row in going_on]
-            cache.reorder_cache(torch.tensor(going_on, device=model.device))
-            uniforms = uniforms[going_on]
-            tokens = tokens[going_on]
-            visible = visible[going_on]
-            last_position = last_position[going_on]
+            rows = torch.tensor(going_on, device=model.device)
+            cache.reorder_cache(rows)
+            uniforms = uniforms[rows]
+            tokens = tokens[rows]
+            visible = visible[rows]
+            last_position = last_position[rows]
 
         # The tokens just drawn are one more column. The model reads only them: the cache has the rest.
         visible = F.pad(visible, (0, 1), value=1)
@@ -863,7 +864,10 @@ def start_processes(device) -> None:
 
 
 def end_processes() -> None:
-    """Ends the process group, if there is one. It is called when the program ends, so that `main` can be called again."""
+    """Ends the process group, if there is one. `main` leaves this to the end of the program, as it may be called again.
+
+    After an error it is not called: it could wait for processes that are in the middle of an exchange.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -1046,15 +1050,18 @@ def what_to_do(error: BaseException, config) -> str:
     """A line for a run that ended because of memory, or because OUTPUT cannot be written. Raises any other error again."""
     functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     is_sampling = "sample_trajectories" in functions
+    # (In sampling, `update` is a method of the cache. In `step`, AdamW is making its averages.)
+    is_learning = "update" in functions and "step" not in functions and not is_sampling
     if isinstance(error, torch.OutOfMemoryError):
-        what = "out of memory: "
+        remedies = []
         if is_sampling and config.sample_batch >= 2 * config.num_samples:
-            what += f"try --sample-batch {config.sample_batch // 2}, or "
-        # (In `step`, AdamW is making its averages. In sampling, `update` is a method of the cache.)
-        if not is_sampling and "update" in functions and "step" not in functions:
-            what += f"try --micro-batch-tokens {max(1, config.micro_batch_tokens // 2)}, or "
-            what += "" if config.gradient_checkpointing else "--gradient-checkpointing, or "
-        what += "take more GPUs, with --shard, or a smaller model, in a new --output"
+            remedies.append(f"--sample-batch {config.sample_batch // 2}")
+        if is_learning and config.micro_batch_tokens > 1:
+            remedies.append(f"--micro-batch-tokens {config.micro_batch_tokens // 2}")
+        if is_learning and not config.gradient_checkpointing:
+            remedies.append("--gradient-checkpointing")
+        remedies.append("more GPUs, with --shard, or a smaller model, in a new --output")
+        what = f"out of memory: try {', or '.join(remedies)}"
     elif is_sampling or "say" in functions:
         raise error  # it does not come from OUTPUT, but from a task's reward, which may read files, or from printing
     else:

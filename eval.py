@@ -131,11 +131,10 @@ def last_boxed(text: str) -> str | None:
             continue  # this box is within another one
         between = re.sub(r"(?:\\(?:q?quad\b|[()\[\],:;! ])|[\s$}*])+", " ", text[end : match.start()])
         contents, end = box_contents(text, match.end())
-        if contents is None and text[match.end() : match.end() + 1] != "{":
-            found = []  # the text only speaks of a box, as the prompt does
-            continue
+        if contents is None and text.startswith("{", match.end()):
+            return None  # it is never closed
         if contents is None:
-            return None
+            found = []  # the text only speaks of a box, as the prompt does
         if contents:
             is_joined = len(between) < 40 and JOINED.fullmatch(between)
             inner = re.fullmatch(r"\\boxed\s*\{([^{}]*)\}", contents)
@@ -402,10 +401,9 @@ FORMULA = [
     (rf"^\s*\\text\s*\{{(?![^{{}}]*{NOT_A_NAME})[^{{}}\d]*\}}\s*=", ""),  # a name
     (r"^\s*\\text\s*\{\s*([^{}]*)\}\s*$", r"\1"),  # nothing but words
     (r"^\s*\{([^{}]*)\}\s*$", r"\1"),
-    (r"^(\s*-?\\frac\{\d+\}\{\d+\})\s*\\approx\s*[\d.]+\s*$", r"\1"),
-    (r"(\\(?:pi|sqrt)(?![a-zA-Z]).*?)\s*\\approx\s*[\d.]+\s*$", r"\1"),
+    (r"(\\(?:pi|sqrt|frac)(?![a-zA-Z]).*?)\s*\\approx\s*[\d.]+\s*$", r"\1"),
 ]
-# A unit after a formula, in \text{}, or in plain words behind a number
+# A unit after a formula, in \text{}, or in plain words after a number
 LAST_WORDS = re.compile(r"(?<=[\w})])\s*\\text\s*\{([^{}]*)\}(?:\^[23])?[.\s]*$|(?<=\d)((?:\s+[a-z]{3,})+)[.\s]*$")
 
 # math_verify reads what it can, and drops the rest without a word. So it gets only what it reads as a whole.

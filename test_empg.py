@@ -2400,9 +2400,9 @@ def test_a_model_of_nan_is_refused(tmp_path, capfd):
 def test_bad_directories(tiny, tmp_path, capfd):
     """An --output that is a file or cannot be made, and --resume without --output, are refused in one line."""
     (tmp_path / "file").touch()
-    refuses(capfd, empg.main, options(tiny, tmp_path / "file"), str(tmp_path / "file"), "exists")
-    refuses(capfd, empg.main, options(tiny, "/proc/nothing/run"), "/proc/nothing")
-    refuses(capfd, empg.main, options(tiny, "/proc"), "/proc")
+    refuses(capfd, empg.main, options(tiny, tmp_path / "file"), f"--output {tmp_path / 'file'}", "exists")
+    refuses(capfd, empg.main, options(tiny, "/proc/nothing/run"), "--output /proc/nothing")
+    refuses(capfd, empg.main, options(tiny, "/proc"), "--output /proc")
     refuses(capfd, empg.main, ["--task=sums", "--resume"], "--resume", "--output DIR")
     # Directories of something else may have a config.json, too.
     for text, expected in (("{", "cannot be read"), ("[1]", "cannot be read"), ('{"layers": [1]}', "begun with")):
@@ -2473,6 +2473,20 @@ def test_a_full_disk_loses_nothing(tiny, tmp_path, capfd, odd_is_right):
     same_run(tmp_path / "whole", tmp_path / "out")
 
 
+def test_a_full_disk_while_the_model_is_saved(tiny, tmp_path, capfd, odd_is_right, monkeypatch):
+    """safetensors has an error of its own for that. The run ends in a line, and loses nothing."""
+    words = options(tiny, tmp_path, "--resume", steps=1)
+
+    def save_pretrained(*args):
+        raise empg.SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(empg.AutoModelForCausalLM.from_pretrained(tiny).__class__, "save_pretrained", save_pretrained)
+        refuses(capfd, empg.main, words, "cannot be written", "No space left", "checkpoint-000001")
+    empg.main(words)
+    assert (tmp_path / "model/model.safetensors").exists()
+
+
 def test_a_full_disk_while_scoring(tiny, tmp_path, capfd):
     """eval.py ends in a line, too, keeps what it has, and goes on later."""
     words = [f"--model={tiny}", "--task=sums", "--max-new-tokens=8", "--limit=90", "--device=cpu", "--sample-batch=10"]
@@ -2494,17 +2508,14 @@ def run_out_of_memory(*args, **keywords):
     ("where", "changes", "words"),
     [
         ("empg.DynamicCache.update", {}, ["try --sample-batch 8", "checkpoint-000001"]),  # of 4 prompts × 4 samples
-        ("empg.DynamicCache.update", {"sample_batch": 4}, ["out of memory: take more GPUs"]),
+        ("empg.DynamicCache.update", {"sample_batch": 4}, ["out of memory: try more GPUs"]),
         (
             "empg.micro_batch_loss",
             {},
-            ["try --micro-batch-tokens 1024", "--gradient-checkpointing", "checkpoint-000001"],
+            ["try --micro-batch-tokens 1024", "or --gradient-checkpoint", "checkpoint-000001"],
         ),
-        (
-            "empg.micro_batch_loss",
-            {"micro_batch_tokens": 1},
-            ["try --micro-batch-tokens 1, or --gradient-checkpointing"],
-        ),
+        ("empg.micro_batch_loss", {"micro_batch_tokens": 1}, ["try --gradient-checkpointing", "checkpoint-000001"]),
+        ("empg.micro_batch_loss", {"gradient_checkpointing": True}, ["try --micro-batch-tokens 1024, or more GPUs"]),
         ("torch.optim.AdamW._init_group", {}, ["more GPUs, with --shard"]),
     ],
 )
